@@ -134,10 +134,40 @@ class Sparse:
         return out.index_put((self.indices,), wide(self.values)).reshape(self.full)
 
     def apply(self, x: Tensor, site: Any) -> Tensor:
+        if site.kind == "linear":
+            y: Tensor = _SparseLinear.apply(x, self.indices, self.values, self.full)  # type: ignore[no-untyped-call]
+            return y
         return apply_dense(self.dense(), x, site)
 
     def scaled(self, s: float | Tensor) -> Sparse:
         return Sparse(self.indices, self.values * s, self.full)
+
+
+class _SparseLinear(torch.autograd.Function):
+    """x D^T with D [out, in] sparse; D is formed for the product and not kept, its dense gradient only gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, values: Tensor, full: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, indices, values)
+        ctx.full = full
+        return F.linear(x, _scattered(indices, values, full, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        x, indices, values = ctx.saved_tensors
+        gx = gv = None
+        if ctx.needs_input_grad[0]:
+            gx = (grad @ _scattered(indices, values, ctx.full, grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[2]:  # under autocast the gradient comes in half precision, x in full
+            dense = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)  # [out, in]
+            gv = dense.reshape(-1)[indices].to(values.dtype)
+        return gx, None, gv, None
+
+
+def _scattered(indices: Tensor, values: Tensor, full: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    out = torch.zeros(math.prod(full), dtype=dtype, device=values.device)
+    out[indices] = values.to(dtype)
+    return out.reshape(full)
 
 
 @dataclass(frozen=True)

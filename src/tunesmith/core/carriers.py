@@ -137,17 +137,28 @@ class _Weight:
         self.actions, self.original = actions, original
         site = actions[0].site
         plain = type(site.module).forward in _LIVE or site.transposed
-        self.live = plain and all(hasattr(a.part.method, "update") for a in actions)
+        self.live = plain and all(_live_on(a.part.method, site) for a in actions)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.live:
             return self.rewritten(*args, **kwargs)
-        x, _ = first_tensor(args, kwargs)
-        y = self.original(*args, **kwargs)
+        x, put = first_tensor(args, kwargs)
+
+        def original(new: Tensor) -> Tensor:
+            again_args, again_kwargs = put(new)
+            return self.original(*again_args, **again_kwargs)
+
+        # Runs of additive parts share one pass; a part with a live form wraps all that came before it.
+        call: Callable[[Tensor], Tensor] = original
+        waiting: list[Action] = []
         for a in self.actions:
-            change = a.part.method.update(a.site, a.tensors).apply(x, a.site)
-            y = y + (change if a.full else change * shaped(a.strength, change)).to(y.dtype)
-        return y
+            if hasattr(a.part.method, "update"):
+                waiting.append(a)
+                continue
+            if waiting:
+                call, waiting = _beside(call, waiting), []
+            call = _through(call, a)
+        return (_beside(call, waiting) if waiting else call)(x)
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         site = self.actions[0].site
@@ -164,6 +175,39 @@ class _Weight:
             for k, v in new.items()
         }
         return call_with(site, cast, args, kwargs)
+
+
+def _live_on(method: Any, site: Site) -> bool:
+    """Whether a weight method can act without forming the new weight at this site."""
+    if hasattr(method, "update"):
+        return True
+    return hasattr(method, "forward") and (not hasattr(method, "live_kinds") or site.kind in method.live_kinds())
+
+
+def _beside(call: Callable[[Tensor], Tensor], actions: list[Action]) -> Callable[[Tensor], Tensor]:
+    """The output of `call` plus the additive changes."""
+
+    def run_beside(x: Tensor) -> Tensor:
+        y = call(x)
+        for a in actions:
+            change = a.part.method.update(a.site, a.tensors).apply(x, a.site)
+            y = y + (change if a.full else change * shaped(a.strength, change)).to(y.dtype)
+        return y
+
+    return run_beside
+
+
+def _through(call: Callable[[Tensor], Tensor], a: Action) -> Callable[[Tensor], Tensor]:
+    """The live form of a part that is no addition, around what came before it; its strength blends outputs."""
+
+    def run_through(x: Tensor) -> Tensor:
+        y = a.part.method.forward(a.site, a.tensors, x, call)
+        if a.full:
+            return y
+        h = call(x)
+        return h + shaped(a.strength, h) * (y - h)
+
+    return run_through
 
 
 def shaped(strength: Strength, like: Tensor) -> Strength:

@@ -25,6 +25,7 @@ from tunesmith.core import method as methods
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import BaseMismatch, TunesmithError, UsageError
+from tunesmith.core.sample import probe_sample
 from tunesmith.core.toys import toys
 from tunesmith.core.trace import primary
 
@@ -45,6 +46,12 @@ class LawResult:
     detail: str = ""
 
 
+def fresh_delta(base: Base, method: Any, seed: int = 0) -> Delta:
+    """A delta of one method, set up on the base's probe where the method learns its start from data."""
+    sample = probe_sample(base) if hasattr(method, "observe") else None
+    return Delta.create(base, method, name="check", seed=seed, sample=sample)
+
+
 @dataclass
 class Case:
     """One method on one base with a delta whose tensors were moved away from their initial values.
@@ -61,7 +68,7 @@ class Case:
         return methods.info_of(self.method)
 
     def fresh(self, seed: int = 0) -> Delta:
-        return Delta.create(self.base, self.method, name="check", seed=seed)
+        return fresh_delta(self.base, self.method, seed)
 
     def moved(self, seed: int = 0) -> Delta:
         delta = self.fresh(seed)
@@ -285,7 +292,7 @@ def nothing_is_skipped(c: Case) -> None:
     if "targets" not in options:
         return
     try:
-        Delta.create(c.base, cls(**{**options, "targets": options["targets"] + ",no_such_target"}))
+        fresh_delta(c.base, cls(**{**options, "targets": options["targets"] + ",no_such_target"}))
     except UsageError as e:
         if e.hint is None:
             raise LawBroken("an unmatched target gives no hint") from None
@@ -320,7 +327,7 @@ def cases(method: Any, bases: Iterable[Base] | None = None, noise: float = 0.2) 
     found, why = [], []
     for base in bases if bases is not None else toys():
         try:
-            Delta.create(base, instance)
+            fresh_delta(base, instance)
         except UsageError as e:
             why.append(f"{base.name}: {e}")
             continue

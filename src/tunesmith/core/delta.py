@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from tunesmith.core.sites import Site
 
 if TYPE_CHECKING:
     from tunesmith.core.base import Base
+    from tunesmith.core.sample import Sample
 
 SHARED = ""
 
@@ -83,6 +84,10 @@ class Part(nn.Module):
         own.update((n, self._parameters[k]) for n, k in self._index[path].items())
         return own  # type: ignore[return-value]
 
+    def parameter(self, path: str, name: str) -> nn.Parameter:
+        """The tensor stored at a site (`""` for a shared one)."""
+        return self._parameters[self._index[path][name]]  # type: ignore[return-value]
+
     def items(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(path, name, tensor) of everything stored, shared first."""
         for path, names in self._index.items():
@@ -117,11 +122,20 @@ class Delta(nn.Module):
             raise UsageError(f"delta {name!r} has two parts with one name", hint=f"names: {names}")
 
     @classmethod
-    def create(cls, base: Base, *methods_: Any, name: str = "delta", seed: int = 0, tied: str = "both") -> Delta:
+    def create(
+        cls,
+        base: Base,
+        *methods_: Any,
+        name: str = "delta",
+        seed: int = 0,
+        tied: str = "both",
+        sample: Sample | None = None,
+    ) -> Delta:
         """A fresh delta for `base`, initialised from `seed`.
 
         Args:
             methods_: method instances (`LoRA(rank=8)`), applied in order.
+            sample: data for the methods that learn their start from it (`ts.tune` passes its training data).
             tied: what to do where a target's weight shares storage with another: "both" changes both sides, "untie"
                 changes the named side only and a merge unties them, "error" refuses.
         Raises UsageError for targets that match nothing or sites the method cannot use.
@@ -132,10 +146,12 @@ class Delta(nn.Module):
         for m in methods_:
             label = methods.info_of(m).name
             same = sum(p.info.name == label for p in parts)
-            part = make_part(
-                base, m, seed=seed + len(parts), name=label if not same else f"{label}-{same + 1}", tied=tied
-            )
-            parts.append(part)
+            unique = label if not same else f"{label}-{same + 1}"
+            given = sample
+            if sample is not None and hasattr(m, "observe"):
+                others = tuple(o for o in methods_ if o is not m and not hasattr(o, "observe"))
+                given = replace(sample, companions=others)
+            parts.append(make_part(base, m, seed=seed + len(parts), name=unique, tied=tied, sample=given))
         facts = {"base": base.fingerprint.to_dict(), "seeds": {"init": seed}, "untrained": True}
         return cls(name, parts, provenance=facts)
 
@@ -272,8 +288,21 @@ def clone_part(part: Part, *, trainable: bool | None = None) -> Part:
     return out
 
 
-def make_part(base: Base, method: Any, *, seed: int = 0, name: str = "", tied: str = "both", auto: bool = True) -> Part:
-    """A method's part on a base: targets selected, ties decided, tensors initialised and calibrated."""
+def make_part(
+    base: Base,
+    method: Any,
+    *,
+    seed: int = 0,
+    name: str = "",
+    tied: str = "both",
+    auto: bool = True,
+    sample: Sample | None = None,
+) -> Part:
+    """A method's part on a base: targets selected, ties decided, tensors initialised and calibrated.
+
+    A method with `observe` first sees `sample`; a site it says nothing of gets no part. Raises UsageError for a target
+    that matches nothing, a site the method refuses, or a missing sample.
+    """
     info = methods.info_of(method)
     chosen = base.sites.select(getattr(method, "targets", "model"), info.kinds)
     fits = getattr(method, "fits", None)
@@ -285,8 +314,18 @@ def make_part(base: Base, method: Any, *, seed: int = 0, name: str = "", tied: s
     if hasattr(method, "check"):
         method.check(chosen)
     chosen, alias = _resolve_ties(method, info, chosen, tied)
+    seen: Mapping[str, Any] | None = None
+    if hasattr(method, "observe"):
+        if sample is None:
+            hint = "use ts.tune, or pass sample=Sample(...) to Delta.create"
+            raise UsageError(f"{info.name} learns its start from data and was given none", hint=hint)
+        seen = method.observe(base, chosen, replace(sample, seed=seed))
+        chosen = [s for s in chosen if s.path in seen]
+        alias = {other: path for other, path in alias.items() if path in seen}
+        if not chosen:
+            raise UsageError(f"{info.name} found no site worth changing in the data it was given")
     part = Part(method, [(s.path, s.kind) for s in chosen], name=name, alias=alias, tied=tied, auto=auto)
-    frozen = set(method.frozen()) if hasattr(method, "frozen") else set()
+    frozen = {n for hook in ("frozen", "books") if hasattr(method, hook) for n in getattr(method, hook)()}
 
     def fill(path: str, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():
@@ -296,7 +335,9 @@ def make_part(base: Base, method: Any, *, seed: int = 0, name: str = "", tied: s
         fill(SHARED, method.shared(chosen, torch.Generator().manual_seed(site_seed(seed, SHARED))))
     for s in chosen:
         tensors = method.init(s, torch.Generator().manual_seed(site_seed(seed, s.path)))
-        if hasattr(method, "calibrate"):
+        if seen is not None:
+            tensors = method.calibrate(s, tensors, s.params(), seen[s.path])
+        elif hasattr(method, "calibrate"):
             tensors = method.calibrate(s, tensors, s.params())
         fill(s.path, tensors)
     return part

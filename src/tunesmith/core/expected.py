@@ -121,6 +121,7 @@ def _check_names(part: Part, sites: list[Site], where: str) -> None:
     """
     method = part.method
     may_drop = hasattr(method, "bake") or hasattr(method, "after_step")
+    calibrates = hasattr(method, "calibrate") and not hasattr(method, "observe")  # that one makes its names in `init`
     have: dict[str, set[str]] = {path: set() for path in [SHARED, *part.kind_of]}
     for path, name, _ in part.items():
         have[path].add(name)
@@ -133,7 +134,7 @@ def _check_names(part: Part, sites: list[Site], where: str) -> None:
             for s in sorted(sites, key=lambda s: sum(s.shape)):
                 tensors = method.init(s, torch.Generator().manual_seed(0))
                 group = (s.kind, *sorted(tensors))
-                if hasattr(method, "calibrate") and group not in calibrated:  # dear, so once for each set of names
+                if calibrates and group not in calibrated:  # dear, so once for each set of names
                     calibrated[group] = set(method.calibrate(s, tensors, s.params()))
                 fresh.setdefault(s.path, set()).update(calibrated.get(group, tensors))
         except TunesmithError as e:

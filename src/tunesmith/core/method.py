@@ -3,16 +3,19 @@
 
 A method class declares annotated fields with `option(...)` and the functions of its carrier:
 
-    weight   `update(site, t) -> Update` (an additive change) or `rewrite(site, t, params) -> params` (a function of W)
+    weight   `update(site, t) -> Update` (an additive change) or `rewrite(site, t, params) -> params` (a function of W),
+             the latter optionally with `forward(site, t, x, call) -> y`, the same written with `call` alone
     hidden   `forward(site, t, x, call) -> y`, optionally `merge(site, t, params) -> params`
     prompt   `attend(site, t, call) -> call` over attention inputs, or `model(site, t, call, inputs) -> output`
     side     `forward(site, t, x, call, memo) -> y`, with `memo` a dict that lives for one forward pass of the base
     output   `model(site, t, call, inputs) -> output`
 
 and `init(site, generator) -> tensors`. `t` maps tensor names to tensors; shared tensors appear in it beside the site's
-own. Optional: `shared(sites, generator)`, `calibrate(site, t, params)`, `bake(site, t)`,
-`penalty(site, t)` (a scalar added to the loss), `after_step(part, step)` (changes tensors in place after a step),
-`learning_rates()`, `frozen()` (names that never train), `toy()`.
+own. Optional: `shared(sites, generator)`, `calibrate(site, t, params)`, `bake(site, t)`, `penalty(site, t)` (a scalar
+added to the loss), `observe(base, sites, sample)` (what is learnt from data before `calibrate`), `before_step(part,
+now)` and `after_step(part, now)` (gradients and tensors changed in place, or replaced through `now`),
+`learning_rates()` and `weight_decays()` (factors by tensor name), `frozen()` (names that never train), `books()` (names
+of tensors that its own hooks write), `toy()`.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class Guard:
         self.base, self.delta, self.moving = base, delta, moving
         self.done = 0
         self.start = {k: t.detach().clone() for k, t in delta.items()}
+        # What a method keeps beside its parameters and writes itself: running statistics, masks, scores.
+        self.own = {*STATISTICS, *(n for p in delta.parts if hasattr(p.method, "books") for n in p.method.books())}
         self.frozen = self._base()
 
     def _base(self) -> dict[str, int]:
@@ -41,11 +43,11 @@ class Guard:
         if not self.start or not finite:
             return
         self.done += 1
-        moved = {k for k, t in self.delta.items() if not torch.equal(t, self.start[k])}
-        trains = {k for k, t in self.delta.items() if t.requires_grad}
+        moved = {k for k, t in self.delta.items() if k not in self.start or not torch.equal(t, self.start[k])}
+        trains = {k for k, t in self.delta.items() if t.requires_grad and t.numel()}
         if self.done == 1:
             self.base_unchanged()
-            stray = sorted(k for k in moved - trains if k.rsplit("/", 1)[-1] not in STATISTICS)
+            stray = sorted(k for k in moved - trains if k.rsplit("/", 1)[-1] not in self.own)
             if stray:
                 raise TrainingError("frozen tensors of the delta moved", where=", ".join(stray[:3]))
             if not self.moving:

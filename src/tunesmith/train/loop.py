@@ -34,6 +34,7 @@ from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite,
 from tunesmith.train.modes import recomputing, stop_signals, training_mode
 from tunesmith.train.processes import accelerator, agreed, anywhere
 from tunesmith.train.progress import Reporter
+from tunesmith.train.surgery import Now
 from tunesmith.train.tasks import Task, moved
 
 
@@ -127,15 +128,13 @@ class _Loop:
         half = self.dtype == torch.float16
         self.accelerator = accelerator(base.device, half, config.tracker, out)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        per_epoch = len(task.plan(config.batch_size, config.seed, 0))
-        self.total = config.steps or max(1, math.ceil(config.epochs * per_epoch))
-        self.per_epoch = per_epoch
+        self.per_epoch = per_epoch = len(task.plan(config.batch_size, config.seed, 0))
+        self.total = steps_of(task, config)
         self.every = config.evaluate_every or (per_epoch if validation is not None or score else None)
-        self.params = {k: t for k, t in delta.items() if t.requires_grad}
+        self._changed()
         if not self.params:
             raise UsageError(f"delta {delta.name!r} has nothing to train")
         optimiser = _optimiser(delta, config)
-        self.names = {id(p): k for k, p in self.params.items()}
         self.model, self.optimiser = self.accelerator.prepare(_Adapted(base, delta, task), optimiser)
         self.state = Trained(world=self.world)
         self.best: dict[str, Tensor] = {}
@@ -152,6 +151,11 @@ class _Loop:
         self.reporter = Reporter(
             self.total, self.first, task.objective.unit, progress and self.accelerator.is_main_process
         )
+
+    def _changed(self) -> None:
+        """Take stock of what trains: at the start, and when a method has replaced a tensor."""
+        self.params = {k: t for k, t in self.delta.items() if t.requires_grad}
+        self.names = {id(p): k for k, p in self.params.items()}
 
     def run(self) -> Trained:
         if self.config.tracker:
@@ -199,12 +203,13 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * rate(self.config, step, self.total)
         loss = self._backward(parts, batches, epoch, units) + self._penalise(step)
+        self._call("before_step", step)
         norm = self.accelerator.clip_grad_norm_(list(self.params.values()), self.config.clip)
         # In fp16 the loss scale finds its level by letting gradients overflow; the scaler skips those steps itself.
         finite = math.isfinite(loss) and (self.dtype == torch.float16 or bool(torch.isfinite(norm)))
         if finite:
             self.optimiser.step()
-            self._after_step(step)
+            self._call("after_step", step)
             self.bad = 0
         else:
             self._nonfinite(step, indices, batches, loss, epoch, statistics)
@@ -261,11 +266,19 @@ class _Loop:
         return float(total.detach())
 
     @torch.no_grad()
-    def _after_step(self, step: int) -> None:
-        """Let methods project, re-select or re-allocate what they train."""
+    def _call(self, hook: str, step: int) -> None:
+        """Let methods scale gradients, project, re-select or re-allocate what they train."""
         for part in self.delta.parts:
-            if hasattr(part.method, "after_step"):
-                part.method.after_step(part, step + 1)
+            if hasattr(part.method, hook):
+                share = rate(self.config, step, self.total)
+                now = Now(part, step + 1, self.total, share, _bare(self.optimiser), self._reshaped)
+                getattr(part.method, hook)(part, now)
+
+    def _reshaped(self) -> None:
+        if self.world > 1:
+            hint = "run it in one process, or choose a method whose tensors keep their shape"
+            raise TrainingError("a method replaced a tensor, which gradient exchange cannot follow", hint=hint)
+        self._changed()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.bfloat16 and self.base.dtype == torch.float32:
@@ -359,7 +372,12 @@ class _Loop:
     def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.total:
             raise ValueError(f"step {state['step']!r}")
-        _load(self.delta, {k.removeprefix("delta/"): t for k, t in tensors.items() if k.startswith("delta/")})
+        _load(
+            self.delta,
+            {k.removeprefix("delta/"): t for k, t in tensors.items() if k.startswith("delta/")},
+            _bare(self.optimiser),
+        )
+        self._changed()
         self.best = {k.removeprefix("best/"): t for k, t in tensors.items() if k.startswith("best/")}
         ckpt.restore_optimiser(_bare(self.optimiser), self.params, tensors, state["optimiser"])
         ckpt.restore_random(tensors, state["random"])
@@ -375,16 +393,23 @@ def _bare(optimiser: Any) -> torch.optim.Optimizer:
 
 
 def _optimiser(delta: Delta, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with one group per learning rate: a method may multiply the rate of a tensor (LoRA+)."""
-    groups: dict[float, list[nn.Parameter]] = {}
+    """AdamW; a method may multiply the rate or the weight decay of a tensor (LoRA+, gates that must not decay)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for part in delta.parts:
         ratios = part.method.learning_rates() if hasattr(part.method, "learning_rates") else {}
+        decays = part.method.weight_decays() if hasattr(part.method, "weight_decays") else {}
         base_lr = default_lr(part.method) if config.lr is None else config.lr
         for _, name, t in part.items():
             if t.requires_grad:
-                groups.setdefault(base_lr * ratios.get(name, 1.0), []).append(t)
-    listed = [{"params": ps, "lr": lr, "peak": lr} for lr, ps in sorted(groups.items())]
-    return torch.optim.AdamW(listed, betas=config.betas, weight_decay=config.weight_decay)
+                key = (base_lr * ratios.get(name, 1.0), config.weight_decay * decays.get(name, 1.0))
+                groups.setdefault(key, []).append(t)
+    listed = [{"params": ps, "lr": lr, "peak": lr, "weight_decay": wd} for (lr, wd), ps in sorted(groups.items())]
+    return torch.optim.AdamW(listed, betas=config.betas)
+
+
+def steps_of(task: Task, config: TrainConfig) -> int:
+    """The optimiser steps of a run."""
+    return config.steps or max(1, math.ceil(config.epochs * len(task.plan(config.batch_size, config.seed, 0))))
 
 
 def default_lr(method: Any) -> float:
@@ -404,15 +429,24 @@ def mean_loss(base: Base, task: Task | None, config: TrainConfig) -> float:
     return total / max(1, units)
 
 
-def _load(delta: Delta, values: Mapping[str, Tensor]) -> None:
+def _load(delta: Delta, values: Mapping[str, Tensor], optimiser: torch.optim.Optimizer | None = None) -> None:
+    """Set the delta's tensors; those of a method that changes shapes in mid-run take the shape they had."""
     with torch.no_grad():
-        for key, t in delta.items():
-            if key not in values:
-                raise TrainingError(f"the checkpoint lacks tensor {key!r}")
-            if values[key].shape != t.shape:  # copy_ would broadcast
-                got, want = tuple(values[key].shape), tuple(t.shape)
-                raise TrainingError(f"in the checkpoint, tensor {key!r} has shape {got}, not {want}")
-            t.copy_(values[key])
+        for part in delta.parts:
+            for path, name, t in list(part.items()):
+                key = f"{part.name}/{path}/{name}"
+                if key not in values:
+                    raise TrainingError(f"the checkpoint lacks tensor {key!r}")
+                value = values[key]
+                if value.shape == t.shape:
+                    t.copy_(value)
+                elif not hasattr(part.method, "after_step"):
+                    got, want = tuple(value.shape), tuple(t.shape)
+                    raise TrainingError(f"in the checkpoint, tensor {key!r} has shape {got}, not {want}")
+                elif optimiser is not None:
+                    Now(part, 0, 0, 0.0, optimiser).replace(path, name, value.to(t.device))
+                else:
+                    part.put(path, name, value.to(t.device), trainable=t.requires_grad)
 
 
 def _truncate_log(path: Path, step: int) -> None:

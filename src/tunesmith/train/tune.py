@@ -29,6 +29,7 @@ from tunesmith.train.loop import Trained, fit
 from tunesmith.train.prepare import Prepared, choose_methods, prepare
 from tunesmith.train.processes import is_main
 from tunesmith.train.runs import Run, new_folder, now, read_record, runs, unfinished, write_record
+from tunesmith.train.sample import started
 from tunesmith.train.tasks import LoaderTask, Task, inputs_of, moved
 
 __all__ = ["Run", "resume", "runs", "tune"]
@@ -113,7 +114,7 @@ def tune(
     }  # fmt: skip
     _refuse_other(folder, record)
     write_record(folder, record)
-    delta = _fresh(opened, chosen, prepared, dataset, config, folder.resolve().name, tied)
+    delta = _fresh(opened, chosen, prepared, dataset, config, folder.resolve().name, tied, folder, progress)
     before = opened.digest()
     validating = None if valid is None else prepare(opened, valid, config, system=system).task
     trained = fit(
@@ -160,7 +161,7 @@ def resume(folder: str | Path | None = None, *, progress: bool = True) -> Run:
             raise UsageError("the data has changed since the run began", where=str(record[key]["path"]))
     prepared = prepare(base, dataset, config, system=record["system"])
     chosen = [methods.build(m["name"], m["options"]) for m in record["methods"]]
-    delta = _fresh(base, chosen, prepared, dataset, config, where.resolve().name, record["tied"])
+    delta = _fresh(base, chosen, prepared, dataset, config, where.resolve().name, record["tied"], where, progress)
     before = base.digest()
     validating = None if valid is None else prepare(base, valid, config, system=record["system"]).task
     trained = fit(base, delta, prepared.task, config, validation=validating, out=where, progress=progress, resume=True)
@@ -210,11 +211,12 @@ def _refuse_other(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _fresh(
-    base: Base, chosen: list[Any], prepared: Prepared, dataset: Dataset, config: TrainConfig, name: str, tied: str
-) -> Delta:
+    base: Base, chosen: list[Any], prepared: Prepared, dataset: Dataset, config: TrainConfig, name: str, tied: str,
+    folder: Path | None = None, progress: bool = False,
+) -> Delta:  # fmt: skip
     """The delta before its first step, with what must be known to use it later."""
     above = _lineage(base)
-    delta = Delta.create(base, *chosen, name=name, seed=config.seed, tied=tied)
+    delta = started(base, chosen, prepared.task, config, name, tied, folder, progress)
     delta.layout = dict(prepared.layout)
     delta.provenance.update(
         {
@@ -354,7 +356,7 @@ def _tune_loader(
         args, kwargs = inputs_of(task.batch([0], 0)["batch"])
         opened.with_example(moved(kwargs or args, opened.device))
     chosen = choose_methods(opened, method, Prepared(task, None))
-    delta = Delta.create(opened, *chosen, name=name or "delta", seed=config.seed, tied=tied)
+    delta = started(opened, chosen, task, config, name or "delta", tied, folder, progress)
     delta.provenance.update({"seeds": {"init": config.seed, "train": config.seed}, "lineage": _lineage(opened)})
     validating = None if validation is None else LoaderTask(validation, loss, seed=config.seed)
     trained = fit(

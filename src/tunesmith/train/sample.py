@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training data as methods see it that learn their start from data."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tunesmith.core.base import Base
+from tunesmith.core.delta import Delta
+from tunesmith.core.sample import Sample
+from tunesmith.train.config import TrainConfig
+from tunesmith.train.processes import is_main
+from tunesmith.train.tasks import LoaderTask, Task, call, moved
+
+BATCHES = 64
+
+
+def sample_of(task: Task, config: TrainConfig, *, batches: int = BATCHES, progress: bool = False) -> Sample:
+    """At most `batches` batches of the task's first epoch, in the order of the run."""
+
+    def stream() -> Iterator[Any]:
+        for indices in itertools.islice(task.plan(config.batch_size, config.seed, 0), batches):
+            yield task.batch(indices, 0)
+
+    def run(base: Base, batch: Any) -> Any:
+        batch = moved(batch, base.device)
+        if isinstance(task, LoaderTask):
+            return call(base.model, batch["batch"])
+        return base.model(**{k: v for k, v in batch.items() if k != "labels"})
+
+    def loss(base: Base, batch: Any) -> Tensor:
+        return task.objective.loss(base, moved(batch, base.device))
+
+    def keep(batch: Any, supervised: bool = False) -> Tensor | None:
+        if isinstance(task, LoaderTask):
+            return None
+        labels, mask = batch.get("labels"), batch.get("attention_mask")
+        if supervised and labels is not None and labels.dim() == 2:
+            return labels != -100  # type: ignore[no-any-return]
+        return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+    def train(base: Base, methods: list[Any], share: float) -> Delta:
+        from tunesmith.train.loop import fit, steps_of
+
+        trial = Delta.create(base, *methods, name="trial", seed=config.seed)
+        steps = max(1, round(share * steps_of(task, config)))
+        fit(base, trial, task, dataclasses.replace(config, steps=steps, evaluate_every=None, patience=None,
+                                                   anchor=0.0, tracker=None), progress=progress)  # fmt: skip
+        return trial
+
+    return Sample(stream, run, loss, keep, train)
+
+
+def started(
+    base: Base,
+    methods: list[Any],
+    task: Task,
+    config: TrainConfig,
+    name: str,
+    tied: str,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Delta:
+    """The delta before its first step. What was learnt from data for it is kept in `folder/start` for a resume."""
+    if not any(hasattr(m, "observe") for m in methods):
+        return Delta.create(base, *methods, name=name, seed=config.seed, tied=tied)
+    kept = folder / "start" if folder is not None else None
+    if kept is not None and (kept / "delta.json").exists():
+        return Delta.load(kept, base)
+    sample = sample_of(task, config, progress=progress)
+    delta = Delta.create(base, *methods, name=name, seed=config.seed, tied=tied, sample=sample)
+    if kept is not None and is_main():
+        delta.save(kept)
+    return delta
