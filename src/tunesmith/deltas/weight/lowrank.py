@@ -19,9 +19,15 @@ KINDS = ("linear", "embedding", "conv1d", "conv2d")
 
 def check_patterns(owner: str, method: Any, sites: list[Site]) -> None:
     """Raise UsageError for a pattern that matches no site, or maps to a value that is no rank or alpha."""
-    for name, table in (("rank_pattern", method.rank_pattern), ("alpha_pattern", method.alpha_pattern)):
-        _check_numbers(f"{owner}.{name}", table, whole=name == "rank_pattern")
-        require_used(f"{owner}.{name}", table, sites)
+    check_ranks(owner, method.rank_pattern, sites)
+    _check_numbers(f"{owner}.alpha_pattern", method.alpha_pattern, whole=False)
+    require_used(f"{owner}.alpha_pattern", method.alpha_pattern, sites)
+
+
+def check_ranks(owner: str, table: Mapping[str, Any], sites: list[Site]) -> None:
+    """Raise UsageError for a rank pattern that matches no site, or maps to a value that is no rank."""
+    _check_numbers(f"{owner}.rank_pattern", table, whole=True)
+    require_used(f"{owner}.rank_pattern", table, sites)
 
 
 def _check_numbers(where: str, table: Mapping[str, Any], *, whole: bool) -> None:
@@ -40,7 +46,13 @@ def rank_at(method: Any, site: Site) -> int:
 def scale_at(method: Any, site: Site) -> float:
     """alpha / r, or alpha / sqrt(r) with `method.rslora`, at the site."""
     r, alpha = rank_at(method, site), float(pick(method.alpha_pattern, site.path, method.alpha))
-    return alpha / math.sqrt(r) if method.rslora else alpha / r
+    return alpha / math.sqrt(r) if getattr(method, "rslora", False) else alpha / r
+
+
+def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Kaiming uniform with a = sqrt 5: within 1/sqrt(fan-in), the product of all axes but the first."""
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def columns(site: Site) -> int:
