@@ -54,7 +54,7 @@ def train(
     base: Base, delta: Delta, rows: list[dict[str, Any]], *, steps: int, batch: int, lr: float, seed: int
 ) -> Delta:
     """`steps` updates of next-token cross-entropy on `rows` of input_ids and labels."""
-    config = TrainConfig(steps=steps, batch_size=batch, lr=lr, warmup=0.1, precision="fp32", seed=seed)
+    config = TrainConfig(steps=steps, batch_size=batch, lr=lr, warmup=0.1, seed=seed)
     fit(base, delta, RowTask(rows, SFT()), config, progress=False)
     return delta
 
@@ -102,12 +102,12 @@ def matched_random(base: Base, like: Delta, seed: int) -> Delta:
 
 
 def control(
-    base: Base, items: Sequence[Shot], formats: Sequence[Format], tokenise: Tokenise, *, steps: int, batch: int
+    base: Base, items: Sequence[Shot], format: Format, tokenise: Tokenise, *, steps: int, batch: int
 ) -> Delta:
-    """A LoRA on all blocks, fine-tuned on training items of one task, without shots, in all formats in turn."""
+    """A LoRA on all blocks, fine-tuned on training items of one task, without shots, in one format."""
     rows = []
-    for n, shot in enumerate(items[: steps * batch]):
-        p = prompted([shot], [], formats[n % len(formats)], tokenise)
+    for shot in items[: steps * batch]:
+        p = prompted([shot], [], format, tokenise)
         ids = [*p.own[0], p.options[shot.answer]]
         rows.append({"input_ids": ids, "labels": [IGNORED] * (len(ids) - 1) + ids[-1:]})
-    return train(base, lora(base, 0, "control", 0, rank=16), rows, steps=steps, batch=batch, lr=1e-3, seed=0)
+    return train(base, lora(base, 0, "control", 0, rank=16), rows, steps=steps, batch=batch, lr=6e-4, seed=0)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ARMS = ("dapt", "random", "shuffled")
 SHOTS = (0, 3)
 CONTROL_TASK = "sst2"
+SHORTEST = 6
 
 RULE = """\
 A cell is one adapted model on one task with 0 or 3 shots; 12 adapted models without any task training have 8 cells each.
@@ -47,10 +48,11 @@ class Sizes:
     steps: int
     batch: int
     control_steps: int
+    control_batch: int
 
 
-FULL = Sizes(formats=8, val=100, test=300, blocks=10, steps=40, batch=8, control_steps=150)
-SMOKE = Sizes(formats=2, val=6, test=10, blocks=2, steps=2, batch=2, control_steps=2)
+FULL = Sizes(formats=8, val=100, test=300, blocks=4, steps=40, batch=8, control_steps=150, control_batch=16)
+SMOKE = Sizes(formats=2, val=6, test=10, blocks=2, steps=2, batch=2, control_steps=2, control_batch=2)
 
 
 @dataclass
@@ -85,7 +87,9 @@ def build(ctx: Context, sizes: Sizes) -> World:
             splits = tasks.toy_splits(name, 40)
         else:
             splits = {s: tasks.read(folder, s) for s in {"train", "test", tasks.VALIDATION[name]}}
-        n_train = sizes.control_steps * sizes.batch if name == CONTROL_TASK else 0
+            if name == CONTROL_TASK:  # SST-2 trains on phrases of sentences too; the shortest say little
+                splits["train"] = [r for r in splits["train"] if len(r["text"].split()) >= SHORTEST]
+        n_train = sizes.control_steps * sizes.control_batch if name == CONTROL_TASK else 0
         made[name] = tasks.build(name, splits, n_train, sizes.val, sizes.test)
         if name == "ag_news":
             used = {s.question for s in (*made[name].shots, *made[name].val, *made[name].test)}
@@ -145,7 +149,7 @@ def adapt_all(ctx: Context, world: World, sizes: Sizes) -> dict[str, str]:
     items = world.tasks[CONTROL_TASK].train
     keep(
         "control",
-        lambda: adapt.control(base, items, world.formats, tok, steps=sizes.control_steps, batch=sizes.batch),
+        lambda: adapt.control(base, items, world.formats[0], tok, steps=sizes.control_steps, batch=sizes.control_batch),
     )
     del arm_of["control"]
     return arm_of
@@ -286,7 +290,7 @@ STUDY = Study(
     run=run,
     verdict=verdict,
     data=("banking77", "ag_news", "sst2", "clinc150"),
-    minutes=100,
+    minutes=60,
     seeds=(0, 1, 2, 3),
     smoke_seeds=(0, 1),
     deviations=(
@@ -303,6 +307,7 @@ STUDY = Study(
         "AG News items of the task come from the official test split; the adaptation texts are training articles of the "
         "business and science classes, at most 96 tokens each, 40 steps of 8 articles.",
         "Random deltas have the norm of a continued-pre-training delta's change in every weight.",
-        "The positive control is a LoRA of rank 16 on all blocks, trained on 1,200 training items of SST-2 without shots.",
+        "The positive control is a LoRA of rank 16 on all blocks, trained on 2,400 training items of SST-2 (six words or more) "
+        "without shots, in the first format only. Three pilots with all formats in turn stayed at chance on validation items; the fourth, in one format, reached 85 %.",
     ),
 )
