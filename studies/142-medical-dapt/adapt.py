@@ -101,9 +101,7 @@ def matched_random(base: Base, like: Delta, seed: int) -> Delta:
     return out
 
 
-def control(
-    base: Base, items: Sequence[Shot], format: Format, tokenise: Tokenise, *, steps: int, batch: int
-) -> Delta:
+def control(base: Base, items: Sequence[Shot], format: Format, tokenise: Tokenise, *, steps: int, batch: int) -> Delta:
     """A LoRA on all blocks, fine-tuned on training items of one task, without shots, in one format."""
     rows = []
     for shot in items[: steps * batch]:
