@@ -22,6 +22,7 @@ from pathlib import Path
 PACKAGE = "tunesmith"
 METHODS = (
     "deltas",
+    "derive",
     "objectives",
     "select",
     "compose",
@@ -45,6 +46,7 @@ ALLOWED: dict[str, frozenset[str] | None] = {
     "serve": frozenset({"core", "data", "models"}),
     "export": frozenset({"core", "data", "models"}),
     "study": frozenset({"core", *ENGINES}),
+    "arena": frozenset({"core", "study", *ENGINES}),
     "cli": ANYTHING,
     "web": ANYTHING,
     "": ANYTHING,

@@ -22,7 +22,9 @@ _NAMES = {
     "Delta": "tunesmith.core.delta",
     "Run": "tunesmith.train.runs",
     "TunesmithError": "tunesmith.core.errors",
+    "arbitrary": "tunesmith.deltas.weight.apet",
     "checks": "tunesmith",
+    "derive": "tunesmith",
     "prove": "tunesmith.evaluate.run",
     "load": "tunesmith.models.open",
     "methods": "tunesmith.core.method",
@@ -38,8 +40,8 @@ _NAMES = {
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
-    if name == "checks":
-        return importlib.import_module("tunesmith.checks")
+    if _NAMES.get(name) == "tunesmith":
+        return importlib.import_module(f"tunesmith.{name}")
     if name in _NAMES:
         # `prove` is `evaluate.run.evaluate`: the package of that name would shadow it here.
         return getattr(importlib.import_module(_NAMES[name]), "evaluate" if name == "prove" else name)

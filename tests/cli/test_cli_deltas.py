@@ -200,3 +200,28 @@ def test_chat_streams_to_standard_output(run: Run, tiny: Path, saved: Path) -> N
     shown = run("chat", saved, "--model", tiny, "--message", "hi", "--max-tokens", 5)
     assert shown.out.splitlines()[-1].startswith("proof: 1 answers; bound tensors 28/28")
     assert whole["turns"][0]["answers"]["tuned"][:3] in shown.out
+
+
+def test_export_and_import_go_there_and_back(run: Run, saved: Path, tiny: Path, tmp_path: Path) -> None:
+    out = run("export", saved, "--to", tmp_path / "adapter", "--model", tiny, "--json").json
+    assert out["largest_gap"] < 1e-5 < out["effect"]
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    back = run("import", tmp_path / "adapter", "--model", tiny, "--to", tmp_path / "back", "--json").json
+    assert back["methods"] == ["lora"] and back["trainable"] == 2048
+    again = run("import", tmp_path / "adapter", "--model", tiny, "--to", tmp_path / "back")
+    assert again.code != 0 and "already" in again.err
+
+
+def test_export_names_what_peft_cannot_hold_and_fits_it(run: Run, tiny: Path, tmp_path: Path) -> None:
+    base = tunesmith.load(tiny, device="cpu")
+    delta = tunesmith.Delta.create(base, tunesmith.Full(targets="q_proj", bias=False), name="whole")
+    with torch.no_grad():
+        for _, t in delta.items():
+            t.add_(0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0)))
+    save(delta, tmp_path / "whole", base=base)
+    refused = run("export", tmp_path / "whole", "--to", tmp_path / "a", "--model", tiny)
+    assert refused.code != 0 and "full" in refused.err and "--fit-rank" in refused.err
+    fitted = run(
+        "export", tmp_path / "whole", "--to", tmp_path / "a", "--fit-rank", "4", "--model", tiny, "--json"
+    ).json
+    assert 0 < fitted["fit_error"] < 1 and fitted["lost"] == []

@@ -14,15 +14,18 @@ import typer
 
 from tunesmith.cli import (
     chat,
+    compare,
     demo,
     doctor,
     evaluate,
+    exchange,
     list_,
     merge,
     methods,
     output,
     plan,
     preview,
+    recommend,
     show,
     study,
     tune,
@@ -44,7 +47,10 @@ app = typer.Typer(
         "tunesmith chat tickets --compare",
     ),
 )
-VERBS = (demo, tune, evaluate, chat, plan, preview, show, list_, verify, merge, methods, study, doctor)
+VERBS = (
+    demo, tune, evaluate, compare, recommend, chat, plan, preview, show, list_, verify, merge, exchange, methods, study,
+    doctor,
+)  # fmt: skip
 for _verb in VERBS:
     _verb.attach(app)
 

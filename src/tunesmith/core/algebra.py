@@ -2,7 +2,7 @@
 """The lazy algebra of additive weight changes.
 
 An `Update` is a change of one weight in canonical orientation `[out, in, *kernel]` (`[rows, dim]` for an embedding),
-held as dense, sparse, low-rank, Kronecker or masked-row factors. It can be applied to an input, scaled, measured and
+held as dense, sparse, low-rank, Kronecker or row factors. It can be applied to an input, scaled, measured and
 made dense one matrix at a time, so nothing densifies a whole model.
 """
 
@@ -137,7 +137,28 @@ class Sparse:
         if site.kind == "linear":
             y: Tensor = _SparseLinear.apply(x, self.indices, self.values, self.full)  # type: ignore[no-untyped-call]
             return y
-        return apply_dense(self.dense(), x, site)
+        if site.kind == "embedding":
+            return self._looked_up(x)
+        m = site.module
+        padding = m.padding
+        if m.padding_mode != "zeros" or isinstance(padding, str):  # pad first, so that numbers say it all
+            mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=mode), [0] * (len(self.full) - 2)
+        geometry = (list(m.stride), list(padding), list(m.dilation), m.groups)
+        y = _SparseConv.apply(x, self.indices, self.values, self.full, geometry)  # type: ignore[no-untyped-call]
+        return y
+
+    def _looked_up(self, x: Tensor) -> Tensor:
+        """Rows x [...] of the change, [..., dim]; only rows that occur in x are formed, with no table in either pass."""
+        dim = math.prod(self.full[1:])
+        used, at = torch.unique(x, return_inverse=True)
+        if not len(used) or not len(self.indices):
+            return torch.zeros(*x.shape, dim, dtype=wide(self.values).dtype, device=x.device)
+        row = torch.searchsorted(used, self.indices // dim).clamp_max(len(used) - 1)  # [k]
+        hit = used[row] == self.indices // dim
+        rows = torch.zeros(len(used) * dim, dtype=wide(self.values).dtype, device=x.device)
+        rows = rows.index_put(((row * dim + self.indices % dim)[hit],), wide(self.values)[hit])
+        return F.embedding(at, rows.reshape(-1, dim))
 
     def scaled(self, s: float | Tensor) -> Sparse:
         return Sparse(self.indices, self.values * s, self.full)
@@ -162,6 +183,31 @@ class _SparseLinear(torch.autograd.Function):
             dense = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)  # [out, in]
             gv = dense.reshape(-1)[indices].to(values.dtype)
         return gx, None, gv, None
+
+
+class _SparseConv(torch.autograd.Function):
+    """As `_SparseLinear`, for a convolution of x with a sparse kernel; `geometry` is stride, padding, dilation, groups."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, indices: Tensor, values: Tensor, full: tuple[int, ...], geometry: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(x, indices, values)
+        ctx.full, ctx.geometry = full, geometry
+        conv = F.conv1d if len(full) == 3 else F.conv2d
+        return conv(x, _scattered(indices, values, full, x.dtype), None, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        x, indices, values = ctx.saved_tensors
+        *where, groups = ctx.geometry
+        kernel = _scattered(indices, values, ctx.full, grad.dtype)
+        asked = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False]
+        gx, dense, _ = torch.ops.aten.convolution_backward(
+            grad, x.to(grad.dtype), kernel, None, *where, False, [0] * (len(ctx.full) - 2), groups, asked
+        )
+        gv = dense.reshape(-1)[indices].to(values.dtype) if asked[1] else None
+        return gx.to(x.dtype) if asked[0] else None, None, gv, None, None
 
 
 def _scattered(indices: Tensor, values: Tensor, full: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -219,6 +265,36 @@ class MaskedRows:
 
     def scaled(self, s: float | Tensor) -> MaskedRows:
         return MaskedRows(self.mask, self.vector * s)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`values` [n, in] in the rows `indices` [n] (int64, rising) of a matrix of shape `full` [out, in]."""
+
+    indices: Tensor
+    values: Tensor
+    full: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.full
+
+    def dense(self) -> Tensor:
+        out = torch.zeros(self.full, dtype=wide(self.values).dtype, device=self.values.device)
+        return out.index_copy(0, self.indices, wide(self.values))
+
+    def apply(self, x: Tensor, site: Any) -> Tensor:
+        if site.kind == "embedding":
+            at = torch.searchsorted(self.indices, x.contiguous()).clamp_max(len(self.indices) - 1)
+            return self.values[at] * (self.indices[at] == x)[..., None]
+        if site.kind == "linear":
+            some = F.linear(x, self.values.to(x.dtype))  # [..., n]
+            out = torch.zeros(*x.shape[:-1], self.full[0], dtype=some.dtype, device=x.device)
+            return out.index_copy(-1, self.indices, some)
+        return apply_dense(self.dense(), x, site)
+
+    def scaled(self, s: float | Tensor) -> Rows:
+        return Rows(self.indices, self.values * s, self.full)
 
 
 @dataclass(frozen=True)

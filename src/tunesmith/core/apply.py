@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from tunesmith.core.carriers import MEMO, Action, Strength, first_tensor, order, run
+from tunesmith.core.carriers import MEMO, Action, Strength, first_tensor, order, run, touched
 from tunesmith.core.delta import Delta, View
 from tunesmith.core.errors import BaseMismatch, UsageError
 
@@ -59,6 +59,10 @@ class Application:
                     self.plan.setdefault(path, []).append(Action(part, site, strength))
         for path, actions in self.plan.items():
             self.plan[path] = order(actions)
+            whole = actions[0].site.inside
+            if whole and any(a.carrier == "weight" and "weight" in touched(a) for a in self.plan.get(whole, [])):
+                hint = "choose targets of one kind: the whole layers, or their parts"
+                raise UsageError(f"a part of {whole}, on whose weight another part acts", where=path, hint=hint)
 
     def without(self, keep: Callable[[View], bool]) -> Application:
         return Application(self.base, tuple(v for v in self.stack if keep(v)), self.members, self.passed)
@@ -161,6 +165,18 @@ def installed(model: nn.Module) -> Installed:
     """The dispatchers of a model, the same for every base made of it."""
     with _LOCK:
         return _INSTALLED.setdefault(model, Installed())
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """The module tree anew, sharing every tensor, with no dispatcher on it."""
+    memo: dict[int, Any] = {}
+    for m in model.modules():
+        for t in [*m._parameters.values(), *m._buffers.values()]:
+            if t is not None:
+                memo[id(t)] = t
+    out = copy.deepcopy(model, memo)
+    strip(out)
+    return out
 
 
 def strip(model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -17,6 +16,7 @@ from tunesmith.core.carriers import Action, folded, order
 from tunesmith.core.delta import Delta, View, as_view
 from tunesmith.core.errors import UsageError
 from tunesmith.core.fingerprint import Fingerprint, fingerprint, weights_digest
+from tunesmith.core.held import dense_layer, is_held, put_module
 from tunesmith.core.sites import SiteMap, example_tokens, find_sites
 from tunesmith.core.trace import primary
 
@@ -162,34 +162,28 @@ class Base:
     def merged(self, *deltas: Delta | View) -> Base:
         """A new base with the deltas folded into its weights. Untouched tensors are shared with this one.
 
-        Ties are kept where a delta acts on both sides and undone where it acts on one. Raises UsageError for a part that
-        cannot merge, or a module that cannot hold the result.
+        Ties are kept where a delta acts on both sides and undone where it acts on one. A packed or factored linear layer
+        whose weight changes becomes a dense one. Raises UsageError for a part that cannot merge, or a module that cannot
+        hold the result.
         """
         views = tuple(as_view(d) for d in deltas)
         for i, v in enumerate(views):
             apply.check_fits(self, v.delta, views[:i])
         app = apply.Application(self, views)
-        model = self._copy(app)
+        model = apply.sharing_copy(self.model)
         modules = dict(model.named_modules())
         written: dict[str, nn.Parameter] = {}
         for path, actions in app.plan.items():
-            _fold_into(modules[path], path, order(actions), app.plan, written)
+            dense = _fold_into(modules[path], path, order(actions), app.plan, written)
+            if dense is not None and path:
+                put_module(model, path, dense)
+            elif dense is not None:
+                model = dense
         _record_untied(model)
         return Base(
             model, tokenizer=self.tokenizer, example=self._example, name=f"{self.name}+{'+'.join(v.delta.name for v in views)}",
             family=self.family, source={**self.source, "merged": [v.delta.name for v in views]},
         )  # fmt: skip
-
-    def _copy(self, app: apply.Application) -> nn.Module:
-        """The module tree anew, sharing every tensor."""
-        memo: dict[int, Any] = {}
-        for m in self.model.modules():
-            for t in [*m._parameters.values(), *m._buffers.values()]:
-                if t is not None:
-                    memo[id(t)] = t
-        model = copy.deepcopy(self.model, memo)
-        apply.strip(model)
-        return model
 
 
 def _fold_into(
@@ -198,8 +192,8 @@ def _fold_into(
     actions: list[Action],
     plan: Mapping[str, list[Action]],
     written: dict[str, nn.Parameter],
-) -> None:
-    """Write the folded parameters of one site into the copied module."""
+) -> nn.Module | None:
+    """Write the folded parameters of one site into the copied module, or give the dense layer to put in its place."""
     site = actions[0].site
     for a in actions:
         if a.carrier not in ("weight", "hidden") or site.kind in ("model", "block", "attention"):
@@ -207,6 +201,7 @@ def _fold_into(
     canonical = actions[0].part.alias.get(path, path)
     old = site.params()
     trained = {t.untyped_storage().data_ptr() for a in actions for t in a.tensors.values()}
+    changed: Tensor | None = None
     for name, value in folded(actions, old).items():
         if name in old and value is old[name]:
             continue
@@ -218,6 +213,9 @@ def _fold_into(
         if name in module._buffers:
             module._buffers[name] = value.detach()
             continue
+        if name == "weight" and is_held(module):
+            changed = value
+            continue
         if name not in module._parameters:
             raise UsageError(f"{type(module).__name__} cannot hold a {name}", where=path)
         key = f"{canonical}:{name}"
@@ -225,6 +223,7 @@ def _fold_into(
         shared = same and key in written and all(a.part.alias.get(path) == canonical for a in actions)
         module._parameters[name] = written[key] if shared else nn.Parameter(value.detach(), requires_grad=False)
         written[key] = module._parameters[name]  # type: ignore[assignment]
+    return None if changed is None else dense_layer(changed, module._parameters.get("bias"))
 
 
 def _record_untied(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tunesmith.core.algebra import wide
+from tunesmith.core.algebra import apply_dense, wide
 from tunesmith.core.delta import Part
 from tunesmith.core.errors import UsageError
 from tunesmith.core.method import CARRIERS
@@ -127,6 +127,7 @@ def _blend(old: Tensor | None, new: Tensor, s: float) -> Tensor:
     return new * s if old is None else old + s * (new - old)
 
 
+_NARROW = (torch.bfloat16, torch.float16)
 _LIVE = (nn.Linear.forward, nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 
 
@@ -136,8 +137,9 @@ class _Weight:
     def __init__(self, actions: list[Action], original: Call) -> None:
         self.actions, self.original = actions, original
         site = actions[0].site
-        plain = type(site.module).forward in _LIVE or site.transposed
+        plain = type(site.module).forward in _LIVE or site.transposed or site.held
         self.live = plain and all(_live_on(a.part.method, site) for a in actions)
+        self.apart = plain and any("weight" in touched(a) for a in actions)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.live:
@@ -168,13 +170,37 @@ class _Weight:
                 f"{self.actions[0].part.info.name} rewrites weights and cannot go through a forward that was replaced",
                 where=site.path, hint=hint,
             )  # fmt: skip
+        if site.held and not any("weight" in touched(a) for a in self.actions):
+            return self.shifted(*args, **kwargs)
         old = site.params()
         new = folded(self.actions, old)
+        change: Tensor | None = None
+        if self.apart and "weight" in old and old["weight"].dtype in _NARROW:
+            # W' rounded to the digits of W would lose every change below half of its last one: they are kept apart.
+            change = new["weight"] - wide(old["weight"])
+            new = {**new, "weight": old["weight"]}
         cast = {
             k: v.to(old[k].dtype) if k in old and v.is_floating_point() and k not in site.module._buffers else v
             for k, v in new.items()
         }
-        return call_with(site, cast, args, kwargs)
+        y = call_with(site, cast, args, kwargs)
+        if change is None:
+            return y
+        x, _ = first_tensor(args, kwargs)
+        return y + apply_dense(change.to(y.dtype), x, site)
+
+    def shifted(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of a layer in another form with a changed bias, without forming its weight."""
+        bias: Any = self.actions[0].site.module.bias
+        y = self.original(*args, **kwargs)
+        new = folded(self.actions, {} if bias is None else {"bias": bias})["bias"]
+        return y + (new if bias is None else new - wide(bias)).to(y.dtype)
+
+
+def touched(a: Action) -> tuple[str, ...]:
+    """The parameters the action's method changes."""
+    method = a.part.method
+    return tuple(method.touches()) if hasattr(method, "touches") else ("weight",)
 
 
 def _live_on(method: Any, site: Site) -> bool:
@@ -223,7 +249,7 @@ def call_with(site: Site, params: Mapping[str, Tensor], args: tuple[Any, ...], k
     f: Callable[..., Any] = type(m).forward
     x, _ = first_tensor(args, kwargs)
     w, b = params.get("weight"), params.get("bias")
-    if (f is nn.Linear.forward or site.transposed) and w is not None:
+    if (f is nn.Linear.forward or site.transposed or site.held) and w is not None:
         return F.linear(x, w, None if b is None else b.to(x.dtype))
     if f is nn.Embedding.forward and w is not None:
         return F.embedding(x, w, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)

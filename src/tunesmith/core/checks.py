@@ -48,7 +48,7 @@ class LawResult:
 
 def fresh_delta(base: Base, method: Any, seed: int = 0) -> Delta:
     """A delta of one method, set up on the base's probe where the method learns its start from data."""
-    sample = probe_sample(base) if hasattr(method, "observe") else None
+    sample = probe_sample(base) if methods.observes(method) else None
     return Delta.create(base, method, name="check", seed=seed, sample=sample)
 
 
@@ -146,8 +146,9 @@ def one_is_itself(c: Case) -> None:
         base_w, one, half = (
             dict(b.model.named_parameters()) for b in (c.base, c.base.merged(delta), c.base.merged(delta.at(0.5)))
         )
+        held = {f"{x.path}.weight": x.params()["weight"] for x in c.base.sites.all() if x.held}  # dense once merged
         for name, w in one.items():
-            old = base_w.get(name, torch.zeros_like(w))
+            old = base_w.get(name, held.get(name, torch.zeros_like(w)))
             c.near(half[name], old + 0.5 * (w - old), f"strength 0.5 of {name}")
     if c.info.mergeable and c.info.merge == "exact" and c.info.strength == "linear":
         with c.base.using(delta.at(0.5)):

@@ -74,7 +74,8 @@ class Part(nn.Module):
             raise DeltaError(f"tensor {name!r} belongs to no site of part {self.name!r}", where=path)
         key = f"{path}:{name}".replace(".", "/")
         trains = trainable and value.is_floating_point()
-        self._parameters[key] = nn.Parameter(value.detach(), requires_grad=trains)
+        # in the order of memory that a file gives back: another one may round products otherwise
+        self._parameters[key] = nn.Parameter(value.detach().contiguous(), requires_grad=trains)
         self._index[path][name] = key
 
     def tensors(self, path: str) -> dict[str, Tensor]:
@@ -148,11 +149,13 @@ class Delta(nn.Module):
             same = sum(p.info.name == label for p in parts)
             unique = label if not same else f"{label}-{same + 1}"
             given = sample
-            if sample is not None and hasattr(m, "observe"):
-                others = tuple(o for o in methods_ if o is not m and not hasattr(o, "observe"))
+            if sample is not None and methods.observes(m):
+                others = tuple(o for o in methods_ if o is not m and not methods.observes(o))
                 given = replace(sample, companions=others)
             parts.append(make_part(base, m, seed=seed + len(parts), name=unique, tied=tied, sample=given))
-        facts = {"base": base.fingerprint.to_dict(), "seeds": {"init": seed}, "untrained": True}
+        facts: dict[str, Any] = {"base": base.fingerprint.to_dict(), "seeds": {"init": seed}, "untrained": True}
+        if base.source.get("derived"):
+            facts["derived"] = base.source["derived"]  # how to make the base again, or why that needs its files
         return cls(name, parts, provenance=facts)
 
     @classmethod
@@ -300,8 +303,9 @@ def make_part(
 ) -> Part:
     """A method's part on a base: targets selected, ties decided, tensors initialised and calibrated.
 
-    A method with `observe` first sees `sample`; a site it says nothing of gets no part. Raises UsageError for a target
-    that matches nothing, a site the method refuses, or a missing sample.
+    A method with `among` says which of its targets get a part; one with `observe` first sees `sample`, and a site it says
+    nothing of gets no part. Raises UsageError for a target that matches nothing, a site the method refuses, or a missing
+    sample.
     """
     info = methods.info_of(method)
     chosen = base.sites.select(getattr(method, "targets", "model"), info.kinds)
@@ -314,8 +318,13 @@ def make_part(
     if hasattr(method, "check"):
         method.check(chosen)
     chosen, alias = _resolve_ties(method, info, chosen, tied)
+    if hasattr(method, "among"):
+        chosen = method.among(chosen)
+        alias = {other: path for other, path in alias.items() if path in {s.path for s in chosen}}
+        if not chosen:
+            raise UsageError(f"{info.name} chose none of its targets", hint="a larger share leaves some")
     seen: Mapping[str, Any] | None = None
-    if hasattr(method, "observe"):
+    if methods.observes(method):
         if sample is None:
             hint = "use ts.tune, or pass sample=Sample(...) to Delta.create"
             raise UsageError(f"{info.name} learns its start from data and was given none", hint=hint)
@@ -333,8 +342,10 @@ def make_part(
 
     if hasattr(method, "shared"):
         fill(SHARED, method.shared(chosen, torch.Generator().manual_seed(site_seed(seed, SHARED))))
+    placed = method.place(chosen) if hasattr(method, "place") else {}
     for s in chosen:
         tensors = method.init(s, torch.Generator().manual_seed(site_seed(seed, s.path)))
+        tensors = {**tensors, **placed.get(s.path, {})}
         if seen is not None:
             tensors = method.calibrate(s, tensors, s.params(), seen[s.path])
         elif hasattr(method, "calibrate"):
@@ -368,16 +379,29 @@ def _resolve_ties(
 def bake(base: Base, delta: Delta) -> None:
     """Replace parts whose tensors are made by a network (or need something only training needs) by what is used.
 
-    A method with `bake(site, t) -> tensors` also has `baked() -> method`, the one those tensors belong to.
+    A method with `bake(site, t) -> tensors` also has `baked() -> method`, the one those tensors belong to, or
+    `baked_as(found) -> method` where that depends on them (`found` maps each site's path to its tensors). A site without
+    tensors is left out, and a part without sites with it. Raises DeltaError where nothing would be left of the delta.
     """
-    for i, part in enumerate(delta.parts):
-        if not hasattr(part.method, "bake"):
+    kept: list[Part] = []
+    for part in delta.parts:
+        method = part.method
+        if not hasattr(method, "bake"):
+            kept.append(part)
+            continue
+        found = {p: method.bake(base.sites.of(p, kind), part.tensors(p)) for p, kind in part.kind_of.items()}
+        used = [(path, kind) for path, kind in part.kind_of.items() if found[path]]
+        if not used:
             continue
         made = Part(
-            part.method.baked(), part.kind_of.items(), name=part.name, scope=part.scope, auto=part.auto,
-            alias=part.alias, tied=part.tied,
+            method.baked_as(found) if hasattr(method, "baked_as") else method.baked(), used, name=part.name,
+            scope=part.scope, auto=part.auto, alias={o: p for o, p in part.alias.items() if found[p]}, tied=part.tied,
         )  # fmt: skip
-        for path, kind in part.kind_of.items():
-            for name, value in part.method.bake(base.sites.of(path, kind), part.tensors(path)).items():
+        for path, tensors in found.items():
+            for name, value in tensors.items():
                 made.put(path, name, value, trainable=True)
-        delta.parts[i] = made
+        kept.append(made)
+    if not kept:
+        hint = "prune less: a smaller threshold, or a larger budget"
+        raise DeltaError("nothing is left of it once what has no effect is dropped", where=delta.name, hint=hint)
+    delta.parts = nn.ModuleList(kept)  # type: ignore[assignment]

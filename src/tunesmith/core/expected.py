@@ -121,7 +121,7 @@ def _check_names(part: Part, sites: list[Site], where: str) -> None:
     """
     method = part.method
     may_drop = hasattr(method, "bake") or hasattr(method, "after_step")
-    calibrates = hasattr(method, "calibrate") and not hasattr(method, "observe")  # that one makes its names in `init`
+    calibrates = hasattr(method, "calibrate") and not methods.observes(method)  # that one makes its names in `init`
     have: dict[str, set[str]] = {path: set() for path in [SHARED, *part.kind_of]}
     for path, name, _ in part.items():
         have[path].add(name)

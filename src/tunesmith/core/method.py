@@ -11,11 +11,13 @@ A method class declares annotated fields with `option(...)` and the functions of
     output   `model(site, t, call, inputs) -> output`
 
 and `init(site, generator) -> tensors`. `t` maps tensor names to tensors; shared tensors appear in it beside the site's
-own. Optional: `shared(sites, generator)`, `calibrate(site, t, params)`, `bake(site, t)`, `penalty(site, t)` (a scalar
-added to the loss), `observe(base, sites, sample)` (what is learnt from data before `calibrate`), `before_step(part,
-now)` and `after_step(part, now)` (gradients and tensors changed in place, or replaced through `now`),
-`learning_rates()` and `weight_decays()` (factors by tensor name), `frozen()` (names that never train), `books()` (names
-of tensors that its own hooks write), `toy()`.
+own. Optional: `shared(sites, generator)`, `place(sites) -> {path: tensors}` (values of tensors that `init` made and that
+depend on all sites), `calibrate(site, t, params)`, `bake(site, t)`, `penalty(site, t)` (a scalar added to the loss),
+`among(sites)` (which of the targets get a part), `observe(base, sites, sample)` (what is learnt from data before
+`calibrate`) with `observes() -> bool` where options decide whether it is, `before_step(part, now)` and
+`after_step(part, now)` (gradients and tensors changed in place, or replaced through `now`), `learning_rates()` and
+`weight_decays()` (factors by tensor name), `frozen()` (names that never train), `books()` (names of tensors that its own
+hooks write), `toy()`.
 """
 
 from __future__ import annotations
@@ -168,6 +170,11 @@ def info_of(method: Any) -> MethodInfo:
     if not isinstance(found, MethodInfo):
         raise UsageError(f"{method!r} is not a registered method", hint="write a class with @register(...)")
     return found
+
+
+def observes(method: Any) -> bool:
+    """Whether a method learns its start from data: it has `observe`, and its `observes()`, where it has one, agrees."""
+    return hasattr(method, "observe") and (not hasattr(method, "observes") or bool(method.observes()))
 
 
 def load_methods() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import UsageError, nearest
+from tunesmith.core.held import is_held
 from tunesmith.core.trace import Trace, trace
 
 WEIGHTED = ("linear", "conv1d", "conv2d", "embedding")
@@ -44,7 +45,8 @@ class Site:
     """One place to attach. `shape` is the weight in canonical orientation, empty for sites without one.
 
     `depth` counts from the input over `of` repeated blocks (or over executed layers where nothing repeats).
-    `tied` lists the other paths whose weight shares this one's storage.
+    `tied` lists the other paths whose weight shares this one's storage. `inside` is the path of the linear layer that is
+    made of this one (see `held`), "" for most.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Site:
     has_bias: bool = False
     tied: tuple[str, ...] = ()
     heads: tuple[int, int, int, int] | None = None
+    inside: str = ""
     map: SiteMap | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -70,8 +73,19 @@ class Site:
         """The dimension of the output that holds its channels."""
         return 1 if self.kind.startswith("conv") or _channels_first(self.module) else -1
 
+    @property
+    def held(self) -> bool:
+        """Whether the weight is held in another form than a dense tensor."""
+        return self.kind == "linear" and is_held(self.module)
+
     def params(self) -> dict[str, Tensor]:
-        """The module's own parameters and buffers by name, the weight in canonical orientation."""
+        """The module's own parameters and buffers by name, the weight in canonical orientation.
+
+        A linear layer in another form gives its dense weight, made anew at each call, and its bias.
+        """
+        if self.held:
+            m: Any = self.module
+            return {"weight": m.dense_weight(), **({} if m.bias is None else {"bias": m.bias})}
         own: dict[str, Tensor] = {n: p for n, p in self.module._parameters.items() if p is not None}
         own.update({n: b for n, b in self.module._buffers.items() if b is not None})
         if self.transposed:
@@ -86,7 +100,7 @@ def _channels_first(module: nn.Module) -> bool:
 
 
 def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_held(module):
         return "linear"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed linear
         return "linear"
@@ -108,6 +122,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _shape(kind: str, module: nn.Module) -> tuple[int, ...]:
+    if kind == "linear" and is_held(module):
+        return (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
     weight = module._parameters.get("weight")
     if weight is None:
         size = getattr(module, "num_features", None) or getattr(module, "num_channels", None)
@@ -119,7 +135,8 @@ def _shape(kind: str, module: nn.Module) -> tuple[int, ...]:
 class SiteMap(Mapping[str, Site]):
     """All sites of a model by path, in definition order, with target selection.
 
-    Groups leave out layers that do not reach the model's output; naming such a layer by path still selects it.
+    Groups leave out layers that do not reach the model's output and the parts of a layer in another form; naming one by
+    path still selects it.
     """
 
     def __init__(self, sites: Iterable[Site], traced: Trace | None, problem: str | None = None) -> None:
@@ -175,8 +192,15 @@ class SiteMap(Mapping[str, Site]):
         return [s for s in pool if (s.path, s.kind) in chosen]
 
     def _match(self, name: str, pool: list[Site]) -> list[Site]:
+        found = self._matching(name, pool)
+        whole = {s.path for s in found if s.held}
+        # a layer stands for its parts, unless these are named alone
+        return [s for s in found if not s.inside or s.inside not in whole]
+
+    def _matching(self, name: str, pool: list[Site]) -> list[Site]:
         if name in GROUPS:
-            return [s for s in pool if _in_group(s, name) and not (self.trace and s.path in self.trace.aside)]
+            aside = self.trace.aside if self.trace else ()
+            return [s for s in pool if _in_group(s, name) and not s.inside and s.path not in aside]
         if name in ROLES:
             return [s for s in pool if s.role == name or (name in ("q", "k", "v") and s.role == "qkv")]
         if name.startswith("re:"):
@@ -250,15 +274,19 @@ def _blocks(model: nn.Module) -> list[str]:
     def visit(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             here = f"{path}.{name}" if path else name
-            kids = dict(child.named_children())
+            kids = {} if is_held(child) else dict(child.named_children())
             listed = isinstance(child, nn.ModuleList | nn.Sequential) and len(kids) >= 2
-            if listed and sum(1 for k in kids.values() if next(k.children(), None) is not None) >= 2:
-                found.extend(f"{here}.{n}" for n, k in kids.items() if next(k.parameters(), None) is not None)
+            if listed and sum(1 for k in kids.values() if next(k.children(), None) is not None and not is_held(k)) >= 2:
+                found.extend(f"{here}.{n}" for n, k in kids.items() if _has_weights(k))
             else:
                 visit(child, here)
 
     visit(model, "")
     return found
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or any(is_held(m) for m in module.modules())
 
 
 def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -276,9 +304,11 @@ def find_sites(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | 
     """All sites of `model`. With `example` inputs one pass is traced and roles and attention heads are known."""
     modules = dict(model.named_modules())
     kinds = {p: k for p, m in modules.items() if (k := _kind(m)) is not None}
+    held = [p for p, k in kinds.items() if k == "linear" and is_held(modules[p])]
+    inside = {p: h for h in held for p in kinds if p.startswith(h + ".")}
     traced, problem = None, "no example input was given"
     if example is not None:
-        linears = [p for p, k in kinds.items() if k in WEIGHTED]
+        linears = [p for p, k in kinds.items() if k in WEIGHTED and p not in inside]
         try:
             traced = trace(model, example, linears, [p for p, k in kinds.items() if k == "norm"])
         except Exception as e:  # a model that cannot run its example still has sites by path
@@ -295,8 +325,9 @@ def find_sites(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | 
         sites.append(
             Site(
                 path, kind, _shape(kind, module), module, role, depth.get(path, 0), total,
-                transposed=kind == "linear" and not isinstance(module, nn.Linear),
+                transposed=kind == "linear" and not (isinstance(module, nn.Linear) or is_held(module)),
                 has_bias=module._parameters.get("bias") is not None, tied=ties.get(path, ()),
+                inside=inside.get(path, ""),
             )
         )  # fmt: skip
     for path, heads in (traced.attention if traced else {}).items():
@@ -332,7 +363,7 @@ def _depths(modules: Mapping[str, nn.Module], blocks: list[str], traced: Trace |
             out.setdefault(path, 0 if i < first else len(blocks) - 1)
         return out
     order = list(dict.fromkeys(traced.order)) if traced else list(modules)
-    leaves = [p for p in order if next(modules[p].parameters(recurse=False), None) is not None]
+    leaves = [p for p in order if next(modules[p].parameters(recurse=False), None) is not None or is_held(modules[p])]
     return {p: i for i, p in enumerate(leaves)}
 
 

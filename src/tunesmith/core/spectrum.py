@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Singular value decompositions of frozen weights, each computed once for as long as its module lives.
 
-Many methods start from the singular vectors of a weight, and inspection reads the same ones. `svd` keeps what it
-computed, in fp32, until the weight changes or the module goes; `forget` frees it.
+Many methods start from the singular vectors of a weight, and inspection reads the same ones. `svd` keeps as many
+components as were asked for, in fp32, until the weight is replaced, changed in place or goes with its module; `forget`
+frees them.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,21 @@ class SVD:
         return (self.U * self.S) @ self.Vh
 
 
-_KEPT: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], SVD]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Kept:
+    """A decomposition with the very tensor it was made of: an address alone may be taken by another one later."""
+
+    weight: ref[Tensor]
+    version: tuple[int, int]
+    found: SVD
+    whole: bool
+
+    def of(self, weight: Tensor, rank: int | None) -> bool:
+        enough = self.whole or (rank is not None and rank <= len(self.found.S))
+        return enough and self.weight() is weight and self.version == _version(weight)
+
+
+_KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -43,21 +58,28 @@ def svd(site: Site, rank: int | None = None, *, exact: bool = True, rounds: int 
     """The decomposition of the site's frozen weight, or its `rank` leading components.
 
     `exact=False` computes only the leading ones, by a randomised range finder (see `randomised`), and keeps nothing.
+    A layer that holds its weight in another form than a dense tensor is decomposed anew at each call.
     """
-    W = flat(site)
-    if not exact and rank is not None and rank < min(W.shape):
-        return randomised(W, rank, rounds=rounds, seed=seed)
     weight = site.module._parameters.get("weight")
-    key = (-1, -1) if weight is None else (weight.data_ptr(), weight._version)
+    if not exact and rank is not None and rank < min(flat(site).shape):
+        return randomised(flat(site), rank, rounds=rounds, seed=seed)
     with _LOCK:
         kept = _KEPT.get(site.module)
-    if kept is None or kept[0] != key:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        kept = (key, SVD(U, S, Vh))
-        if weight is not None:
-            with _LOCK:
-                _KEPT[site.module] = kept
-    return kept[1] if rank is None else kept[1].leading(rank)
+    if kept is not None and weight is not None and kept.of(weight, rank):
+        return kept.found if rank is None else kept.found.leading(rank)
+    found = SVD(*torch.linalg.svd(flat(site), full_matrices=False))
+    whole = rank is None or rank >= len(found.S)
+    if not whole:
+        found = found.leading(rank)  # type: ignore[arg-type]
+        found = SVD(found.U.clone(), found.S.clone(), found.Vh.clone())  # a view would hold all of them
+    if weight is not None:
+        with _LOCK:
+            _KEPT[site.module] = _Kept(ref(weight), _version(weight), found, whole)
+    return found if rank is None else found.leading(rank)
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
 
 
 def flat(site: Site) -> Tensor:

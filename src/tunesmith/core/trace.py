@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tunesmith.core.held import is_linear
+
 _ACTIVATIONS = {
     "relu", "relu_", "relu6", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "hardtanh", "hardswish", "mish", "elu",
     "selu", "softplus", "celu", "prelu", "hardsigmoid",
@@ -133,7 +135,7 @@ class _Watcher(TorchFunctionMode):
         if kt is not None and qt.dim() == 4:
             # key-value heads as the projection makes them, before any repetition for grouped queries
             dim, kv = int(qt.shape[-1]), int(kt.shape[1])
-            made = {m.out_features for p in k - fused if isinstance(m := self.linears.get(p), nn.Linear)}
+            made = {int(m.out_features) for p in k - fused if is_linear(m := self.linears.get(p))}  # type: ignore
             if len(made) == 1 and next(iter(made)) % dim == 0:
                 kv = min(kv, next(iter(made)) // dim)
             self.trace.attention[where] = (int(qt.shape[1]), kv, dim, int(vt.shape[-1]))
@@ -217,7 +219,7 @@ def trace(
             frozenset(p for p in found.order if p in linear or p in norm) - reached if reached else frozenset()
         )
         only = next(iter(paths)) if len(paths) == 1 else None
-        if only in linear and isinstance(modules[only], nn.Linear) and not watcher.tag(main).activated:
+        if only in linear and is_linear(modules[only]) and not watcher.tag(main).activated:
             found.head = only
             found.roles[only] = "head"
             found.direct = main is watcher.last

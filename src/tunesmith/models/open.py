@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tunesmith.core.base import Base
+from tunesmith.core.derived_store import is_derived, load_derived, parent_of
 from tunesmith.models.bundled import BUNDLED
 from tunesmith.models.load import load_parts
 from tunesmith.models.precision import auto_dtype
@@ -33,6 +34,8 @@ def load(
 ) -> Base:
     """A frozen base from a short name, a folder, a `.gguf` file, a hub id, or a module.
 
+    A folder with a derived base (`tunesmith.derive.save_derived`) opens the base it was made from by the name kept there.
+
     Args:
         dtype: of the weights; "auto" is fp32, but bf16 for language models on hardware that is fast in it.
         device: "auto" is CUDA where there is one.
@@ -44,6 +47,10 @@ def load(
         return name
     if isinstance(name, nn.Module):
         return Base(name, example=example)
+    if is_derived(name):
+        parent, kept = parent_of(name)
+        opened = load(parent, dtype=kept if dtype == "auto" else dtype, device=device, example=example, task=task)
+        return load_derived(name, opened)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     entry = BUNDLED.get(os.fspath(name))
     wanted: str | torch.dtype = dtype

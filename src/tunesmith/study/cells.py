@@ -68,10 +68,14 @@ class Cells:
         header = json.dumps({"format": FORMAT, "bound": self.bound}, sort_keys=True).encode()
         write_atomically(self.path, b"\n".join([header, *lines]) + b"\n")
 
-    def get(self, key: Mapping[str, Any], fn: Callable[[], Any]) -> Any:
+    def has(self, key: Mapping[str, Any]) -> bool:
+        """Whether the value of `key` is remembered."""
+        return canonical(key) in self._known
+
+    def get(self, key: Mapping[str, Any], fn: Callable[[], Any], *, took: float | None = None) -> Any:
         """The remembered value of `key`, or `fn()`, written to disk before it is returned.
 
-        The value comes back as JSON gives it (tuples become lists), so a first and a resumed run see the same thing.
+        `took` is what the value cost where `fn` only hands over what was computed elsewhere. The value comes back as JSON gives it (tuples become lists), so a first and a resumed run see the same thing.
         Raises TrainingError when the value is not finite plain JSON, UsageError when one run asks for a key twice.
         """
         name = canonical(key)
@@ -81,7 +85,7 @@ class Cells:
         if name not in self._known:
             start = time.perf_counter()
             value = fn()
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start if took is None else took
             try:
                 line = json.dumps({"key": dict(key), "value": value, "seconds": round(seconds, 3)}, allow_nan=False)
             except (TypeError, ValueError) as error:

@@ -25,7 +25,8 @@ class TrainConfig:
     One optimiser step sees `batch_size` rows, computed `micro_batch` at a time with the same result. `steps` counts
     optimiser steps and takes the place of `epochs` when given. `warmup` and `decay` are shares of all steps; `decay` is
     used by the `wsd` schedule. `anchor` weighs the KL to the base on text the base writes itself (see `anchor`), which keeps
-    what the base knew. `patience` stops after that many evaluations without a better validation loss.
+    what the base knew. `gradient_dropout` drops gradients that pull away from the base (see `agreement`). `patience`
+    stops after that many evaluations without a better validation loss.
     """
 
     epochs: float = 3.0
@@ -40,6 +41,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     anchor: float = 0.0
+    gradient_dropout: float = 0.0
     precision: str = "auto"
     seed: int = 0
     max_length: int = 1024
@@ -63,6 +65,8 @@ class TrainConfig:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"must lie in 0..1, got {getattr(self, name)}", where=name)
+        if not 0 <= self.gradient_dropout <= 1:
+            raise UsageError(f"must lie in 0..1, got {self.gradient_dropout}", where="gradient_dropout")
         if self.lr is not None and not 0 <= self.lr < float("inf"):
             raise UsageError(f"must be a finite number of 0 or more, got {self.lr}", where="lr")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):

@@ -28,6 +28,7 @@ from tunesmith.core.memory import peak_memory, reset_peak
 from tunesmith.evaluate.receipt import write_text
 from tunesmith.models.precision import parse
 from tunesmith.train import checkpoint as ckpt
+from tunesmith.train.agreement import Agreement
 from tunesmith.train.anchor import Anchor
 from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
@@ -147,6 +148,8 @@ class _Loop:
             _truncate_log(self.out / "log.jsonl", self.first)
         self.statistics = [t for k, t in delta.items() if k.rsplit("/", 1)[-1] in STATISTICS]
         self.anchor = Anchor(base, delta, config.anchor, config.seed) if config.anchor else None
+        share = config.gradient_dropout
+        self.agreement = Agreement(base, delta, task, share, config.seed) if share else None
         self.guard = Guard(base, delta, moving=config.lr != 0 and self.first < PATIENCE)
         self.reporter = Reporter(
             self.total, self.first, task.objective.unit, progress and self.accelerator.is_main_process
@@ -203,18 +206,22 @@ class _Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * rate(self.config, step, self.total)
         loss = self._backward(parts, batches, epoch, units) + self._penalise(step)
+        if self.agreement is not None:
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+            self.agreement.drop(step, batches, self.params, self._autocast, scale)
         self._call("before_step", step)
         norm = self.accelerator.clip_grad_norm_(list(self.params.values()), self.config.clip)
         # In fp16 the loss scale finds its level by letting gradients overflow; the scaler skips those steps itself.
         finite = math.isfinite(loss) and (self.dtype == torch.float16 or bool(torch.isfinite(norm)))
         if finite:
             self.optimiser.step()
-            self._call("after_step", step)
             self.bad = 0
         else:
             self._nonfinite(step, indices, batches, loss, epoch, statistics)
-        self.optimiser.zero_grad(set_to_none=True)
         taken = finite and not getattr(self.optimiser, "step_was_skipped", False)
+        if taken:
+            self._call("after_step", step)
+        self.optimiser.zero_grad(set_to_none=True)
         self.guard.after(step - self.first, taken)
         self.state.losses.append(loss)
         self.state.steps = step + 1
@@ -262,7 +269,8 @@ class _Loop:
         if not terms:
             return 0.0
         total = torch.stack([t.float() for t in terms]).sum()
-        self.accelerator.backward(total)
+        if total.requires_grad:
+            self.accelerator.backward(total)
         return float(total.detach())
 
     @torch.no_grad()
@@ -271,7 +279,11 @@ class _Loop:
         for part in self.delta.parts:
             if hasattr(part.method, hook):
                 share = rate(self.config, step, self.total)
-                now = Now(part, step + 1, self.total, share, _bare(self.optimiser), self._reshaped)
+                scaler = self.accelerator.scaler if hook == "before_step" else None
+                scale = 1.0 if scaler is None else float(scaler.get_scale())
+                now = Now(
+                    part, step + 1, self.total, share, _bare(self.optimiser), self._reshaped, self.base.sites, scale
+                )
                 getattr(part.method, hook)(part, now)
 
     def _reshaped(self) -> None:
@@ -393,17 +405,20 @@ def _bare(optimiser: Any) -> torch.optim.Optimizer:
 
 
 def _optimiser(delta: Delta, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; a method may multiply the rate or the weight decay of a tensor (LoRA+, gates that must not decay)."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for part in delta.parts:
+    """AdamW; a method may multiply the rate or the weight decay of a tensor (LoRA+, gates that must not decay).
+
+    No group holds tensors of two parts, so that a method can slow its own.
+    """
+    groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
+    for i, part in enumerate(delta.parts):
         ratios = part.method.learning_rates() if hasattr(part.method, "learning_rates") else {}
         decays = part.method.weight_decays() if hasattr(part.method, "weight_decays") else {}
         base_lr = default_lr(part.method) if config.lr is None else config.lr
         for _, name, t in part.items():
             if t.requires_grad:
-                key = (base_lr * ratios.get(name, 1.0), config.weight_decay * decays.get(name, 1.0))
+                key = (base_lr * ratios.get(name, 1.0), config.weight_decay * decays.get(name, 1.0), i)
                 groups.setdefault(key, []).append(t)
-    listed = [{"params": ps, "lr": lr, "peak": lr, "weight_decay": wd} for (lr, wd), ps in sorted(groups.items())]
+    listed = [{"params": ps, "lr": lr, "peak": lr, "weight_decay": wd} for (lr, wd, _), ps in sorted(groups.items())]
     return torch.optim.AdamW(listed, betas=config.betas)
 
 
@@ -440,7 +455,7 @@ def _load(delta: Delta, values: Mapping[str, Tensor], optimiser: torch.optim.Opt
                 value = values[key]
                 if value.shape == t.shape:
                     t.copy_(value)
-                elif not hasattr(part.method, "after_step"):
+                elif not (hasattr(part.method, "after_step") or hasattr(part.method, "before_step")):
                     got, want = tuple(value.shape), tuple(t.shape)
                     raise TrainingError(f"in the checkpoint, tensor {key!r} has shape {got}, not {want}")
                 elif optimiser is not None:

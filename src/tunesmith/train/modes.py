@@ -6,13 +6,16 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+
+import torch
 
 from tunesmith.core.apply import checkpoint_contexts
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import UsageError
+from tunesmith.models.precision import parse
 
 
 @contextmanager
@@ -29,6 +32,15 @@ def training_mode(base: Base, delta: Delta) -> Iterator[None]:
     finally:
         for m, flag in flags:
             m.training = flag
+
+
+@contextmanager
+def measuring(base: Base, precision: str) -> Iterator[None]:
+    """Eval mode, no gradients, and the autocast that training in `precision` uses."""
+    half = parse(precision, base.device) == torch.bfloat16 and base.dtype == torch.float32
+    quick = torch.autocast(base.device.type, torch.bfloat16) if half else nullcontext()
+    with base.evaluating(), torch.no_grad(), quick:
+        yield
 
 
 @contextmanager

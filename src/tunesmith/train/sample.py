@@ -13,26 +13,26 @@ from torch import Tensor
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
+from tunesmith.core.method import observes
 from tunesmith.core.sample import Sample
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.processes import is_main
-from tunesmith.train.tasks import LoaderTask, Task, call, moved
+from tunesmith.train.tasks import LoaderTask, Task, moved, outputs
 
 BATCHES = 64
 
 
-def sample_of(task: Task, config: TrainConfig, *, batches: int = BATCHES, progress: bool = False) -> Sample:
-    """At most `batches` batches of the task's first epoch, in the order of the run."""
+def sample_of(
+    task: Task, config: TrainConfig, *, batches: int = BATCHES, tied: str = "both", progress: bool = False
+) -> Sample:
+    """At most `batches` batches of the task's first epoch, in the order of the run; trials treat ties as `tied` says."""
 
     def stream() -> Iterator[Any]:
         for indices in itertools.islice(task.plan(config.batch_size, config.seed, 0), batches):
             yield task.batch(indices, 0)
 
     def run(base: Base, batch: Any) -> Any:
-        batch = moved(batch, base.device)
-        if isinstance(task, LoaderTask):
-            return call(base.model, batch["batch"])
-        return base.model(**{k: v for k, v in batch.items() if k != "labels"})
+        return outputs(task, base, moved(batch, base.device))
 
     def loss(base: Base, batch: Any) -> Tensor:
         return task.objective.loss(base, moved(batch, base.device))
@@ -43,18 +43,28 @@ def sample_of(task: Task, config: TrainConfig, *, batches: int = BATCHES, progre
         labels, mask = batch.get("labels"), batch.get("attention_mask")
         if supervised and labels is not None and labels.dim() == 2:
             return labels != -100  # type: ignore[no-any-return]
+        if mask is not None and mask.dim() == 4:  # packed rows: positions begin anew at 0, and padding is all zeros
+            return (batch["position_ids"] != 0).flip(1).cumsum(1).flip(1) > 0
         return mask.bool() if mask is not None and mask.dim() == 2 else None
 
     def train(base: Base, methods: list[Any], share: float) -> Delta:
         from tunesmith.train.loop import fit, steps_of
 
-        trial = Delta.create(base, *methods, name="trial", seed=config.seed)
+        trial = Delta.create(base, *methods, name="trial", seed=config.seed, tied=tied)
         steps = max(1, round(share * steps_of(task, config)))
         fit(base, trial, task, dataclasses.replace(config, steps=steps, evaluate_every=None, patience=None,
-                                                   anchor=0.0, tracker=None), progress=progress)  # fmt: skip
+                                                   anchor=0.0, gradient_dropout=0.0, tracker=None), progress=progress)  # fmt: skip
         return trial
 
-    return Sample(stream, run, loss, keep, train)
+    def read(base: Base, source: str) -> Sample:
+        from tunesmith.data import read as rows_of
+        from tunesmith.train.prepare import prepare
+
+        plain = dataclasses.replace(config, overflow="truncate", packing=False)
+        found = prepare(base, rows_of(source), plain)
+        return sample_of(found.task, plain, batches=batches, tied=tied, progress=progress)
+
+    return Sample(stream, run, loss, keep, train, read=None if isinstance(task, LoaderTask) else read)
 
 
 def started(
@@ -68,12 +78,12 @@ def started(
     progress: bool = False,
 ) -> Delta:
     """The delta before its first step. What was learnt from data for it is kept in `folder/start` for a resume."""
-    if not any(hasattr(m, "observe") for m in methods):
+    if not any(observes(m) for m in methods):
         return Delta.create(base, *methods, name=name, seed=config.seed, tied=tied)
     kept = folder / "start" if folder is not None else None
     if kept is not None and (kept / "delta.json").exists():
         return Delta.load(kept, base)
-    sample = sample_of(task, config, progress=progress)
+    sample = sample_of(task, config, tied=tied, progress=progress)
     delta = Delta.create(base, *methods, name=name, seed=config.seed, tied=tied, sample=sample)
     if kept is not None and is_main():
         delta.save(kept)

@@ -112,6 +112,16 @@ def call(model: torch.nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def outputs(task: Task, base: Base, batch: Any) -> Any:
+    """The base's output for a batch of the task on its device, with whatever is in use; labels do not go in."""
+    if isinstance(task, LoaderTask):
+        return call(base.model, batch["batch"])
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if len(inputs) == 1:  # a lone array, whatever the model calls it
+        return base.model(next(iter(inputs.values())))
+    return base.model(**inputs)
+
+
 def rows_of(batch: Any) -> int:
     """The number of rows in a user's batch."""
     if isinstance(batch, Tensor):

@@ -48,6 +48,7 @@ class Head:
     pool: str = option("auto", "how token features become one", choices=POOLS)
     dropout: float = option(0.0, "dropout on the pooled features while training", low=0.0, high=1.0)
     std: float = option(0.02, "spread of the first weights", low=0.0, high=10.0)
+    lr_ratio: float = option(1.0, "learning rate of the head over the run's", low=1e-4, high=1e4)
 
     def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """W [classes, d] and b [classes], fp32."""
@@ -75,6 +76,10 @@ class Head:
         if self.task == "regression":
             return F.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+    def learning_rates(self) -> dict[str, float]:
+        """A fresh head often wants a larger rate than what it is trained with."""
+        return {"W": self.lr_ratio, "b": self.lr_ratio}
 
     def recipe(self) -> dict[str, float]:
         """A linear layer under AdamW."""

@@ -3,9 +3,9 @@
 
     W' = W + s Re(ifft2(F)),  F[u_j, v_j] = c_j, 0 elsewhere      F, W [out, in * kernel], c [n]
 
-c trains; the n places (u_j, v_j) are drawn at random, stored and frozen, and W is frozen. c starts at zero, so a fresh
-delta is the identity bit for bit; `start="normal"` draws it from N(0, 1) as the paper does (not the identity). Merges
-exactly.
+c trains; the n places (u_j, v_j) are drawn at random, stored and frozen, and W is frozen. The seed `places` draws them,
+the same for all layers of one shape, as in PEFT. c starts at zero, so a fresh delta is the identity bit for bit;
+`start="normal"` draws it from N(0, 1) as the paper does (not the identity). Merges exactly.
 
 Defaults: n 1000 and s 150 on every linear layer but the output head, as in PEFT.
 Use when: the delta must be tiny and the change is spread over the whole matrix.
@@ -26,7 +26,6 @@ from tunesmith.core.algebra import Dense
 from tunesmith.core.method import option, register
 from tunesmith.core.sites import Site
 from tunesmith.deltas.weight.lowrank import columns
-from tunesmith.deltas.weight.sparse import drawn
 
 
 @register("fourierft", carrier="weight", paper="2405.03003", kinds=("linear", "conv1d", "conv2d"))
@@ -36,13 +35,17 @@ class FourierFT:
     n: int = option(1000, "trained entries of the spectrum per layer", low=1, high=100_000_000)
     scale: float = option(150.0, "factor s on the change", low=1e-6, high=1e6)
     start: str = option("zero", "first values of the entries", choices=("zero", "normal"))
+    places: int = option(777, "seed of the places", low=0, high=2**62)
     targets: str = option("all-linear", "which layers to change")
 
     def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """c [n] fp32, and the flat places `at` [n] int64."""
-        at = drawn(site, self.n, generator)
         c = torch.zeros(self.n) if self.start == "zero" else torch.randn(self.n, generator=generator)
-        return {"c": c, "at": at}
+        return {"c": c, "at": self.drawn_places(site)}
+
+    def drawn_places(self, site: Site) -> Tensor:
+        """The flat places [n] int64 that the seed draws at the site."""
+        return torch.randperm(math.prod(site.shape), generator=torch.Generator().manual_seed(self.places))[: self.n]
 
     def update(self, site: Site, t: dict[str, Tensor]) -> Dense:
         """s Re(ifft2(F)) in the shape of the weight, fp32."""

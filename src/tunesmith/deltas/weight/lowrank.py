@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the low-rank methods share: options by pattern, the scale, the factors' shapes and their first values."""
+"""What the low-rank methods share: options by pattern, the scale, the factors' shapes and their first values.
+
+Some methods start from a piece B0 A0 of the weight and train on from there. Published code takes the piece out of the
+base; here the base stays as it is and the change is what B A has moved since (`begun`, `relative`). It costs a rank of 2r
+in what is stored and computed, and in return the delta is portable, adds to others and starts as the identity.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.core.algebra import LowRank
 from tunesmith.core.errors import UsageError
 from tunesmith.core.sites import Site
 from tunesmith.deltas.patterns import pick, require_used
@@ -75,3 +81,34 @@ def factors(site: Site, r: int, init: str, generator: torch.Generator) -> dict[s
     else:
         A.uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
     return {"A": A, "B": torch.zeros(site.shape[0], r)}
+
+
+START = ("A0", "B0")  # the frozen names of `begun`
+
+
+def begun(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+    """The tensors of a part that starts from B [out, r] and A [r, in * kernel]: both, and frozen copies B0 and A0."""
+    B, A = B.contiguous(), A.contiguous()
+    return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
+
+
+def unbegun(site: Site, r: int) -> dict[str, Tensor]:
+    """The same, all zero, for `init`; `calibrate` knows the values."""
+    return begun(torch.zeros(site.shape[0], r), torch.zeros(r, columns(site)))
+
+
+def relative(t: Mapping[str, Tensor], scale: float, shape: tuple[int, ...]) -> LowRank:
+    """scale (B A - B0 A0) in the shape of the weight, of rank 2r.
+
+    Written as [B - B0, B0] [A; A - A0]: at the start it is zero bit for bit, and in half precision the differences are
+    rounded instead of two large products that nearly cancel.
+    """
+    B = torch.cat([t["B"] - t["B0"], t["B0"]], 1)  # [out, 2r]
+    A = torch.cat([t["A"], t["A"] - t["A0"]])  # [2r, in * kernel]
+    return LowRank(B, A, scale, shape)
+
+
+def too_wide(method: Any, site: Site) -> str | None:
+    """Why the rank of a site cannot be had from its weight, or None: a weight has min(out, in * kernel) components."""
+    r, most = rank_at(method, site), min(site.shape[0], columns(site))
+    return f"rank {r} is above the {most} components of its weight" if r > most else None

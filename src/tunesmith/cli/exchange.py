@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tunesmith export` and `tunesmith import`: deltas as PEFT adapters, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.output import Debug, Device, Json, Model, Result, amount, cells, examples, table, visible
+from tunesmith.cli.places import delta_folder, load_base
+from tunesmith.core.errors import DeltaError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXPORT = examples("tunesmith export demo --to adapter", "tunesmith export demo --to adapter --fit-rank 16")
+IMPORT = examples("tunesmith import adapter --model smollm2-135m-instruct --to delta")
+
+
+def attach(app: typer.Typer) -> None:
+    app.command("export", epilog=EXPORT, short_help="Write a delta as an adapter that PEFT can read")(export)
+    app.command("import", epilog=IMPORT, short_help="Read an adapter that PEFT wrote")(import_)
+
+
+def export(
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help="A delta's folder, a run's folder or a run's name.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="The adapter's folder.")],
+    part: Annotated[str | None, typer.Option("--part", help="The part to write, of a delta with several.")] = None,
+    fit_rank: Annotated[
+        int | None, typer.Option("--fit-rank", min=1, help="Write the nearest LoRA of this rank, and say its error.")
+    ] = None,
+    model: Model = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Write a delta as a PEFT adapter: adapter_config.json and adapter_model.safetensors.
+
+    The written adapter is read back and must have the delta's outputs. What PEFT cannot hold is an error that says so;
+    --fit-rank writes the nearest low-rank change instead, with its error.
+    """
+    from tunesmith.core import store
+    from tunesmith.core.delta import Delta
+    from tunesmith.export.peft import nearest_lora, write_peft
+
+    _free(to)
+    folder = delta_folder(delta)
+    base = load_base(folder, store.peek(folder), model, device)
+    loaded = Delta.load(folder, base)
+    written, error, lost = loaded, None, ()
+    if fit_rank is not None:
+        fit = nearest_lora(base, loaded, fit_rank)
+        written, error, lost = fit.delta, fit.error, fit.lost
+    write_peft(written, base, to, part=part)
+    meant = Delta(written.name, [written.part(part)]) if part is not None else written
+    gap, effect = _gap(base, meant, to)
+    size = sum(p.stat().st_size for p in to.iterdir())
+    data = {
+        "folder": str(to), "delta": loaded.name, "digest": loaded.digest, "format": "peft", "bytes": size,
+        "largest_gap": gap, "effect": effect, "fit_rank": fit_rank, "fit_error": error, "lost": list(lost),
+    }  # fmt: skip
+
+    def view(console: Console) -> None:
+        shown = table("file", "size")
+        for p in sorted(to.iterdir()):
+            shown.add_row(*cells(p.name, amount(p.stat().st_size)))
+        console.print(f"{visible(str(to))}", soft_wrap=True)
+        console.print(shown)
+        if error is not None:
+            console.print(f"nearest rank-{fit_rank} change: relative error {error:.2%}")
+        for name in lost:
+            console.print(f"not carried over: {name}")
+
+    fitted = "" if error is None else f", fit error {error:.2%}"
+    proof = f"exported {loaded.name} ({loaded.digest[:12]}): read back, largest gap {gap:.1e}{fitted}, {size:,} bytes"
+    return Result(data, proof, view)
+
+
+def import_(
+    adapter: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that PEFT saved.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The base the adapter was trained on.")],
+    to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="The delta's folder.")],
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> Result:
+    """Read a PEFT adapter as a delta that can be applied, merged, measured, composed and undone like any other."""
+    import tunesmith
+    from tunesmith.core.effect import effect
+    from tunesmith.export.peft import read_peft
+
+    _free(to)
+    base = tunesmith.load(model, device=device)
+    delta = read_peft(adapter, base, name=to.resolve().name)
+    delta.provenance["effect"] = effect(base, delta)
+    delta.save(to)
+    gap, moved = _gap(base, delta, adapter)
+    methods = [p.info.name for p in delta.parts]
+
+    def view(console: Console) -> None:
+        shown = table("part", "method", "sites", "numbers")
+        for p in delta.parts:
+            n = sum(t.numel() for _, _, t in p.items())
+            shown.add_row(*cells(p.name, p.info.name, len(p.kind_of), amount(n)))
+        console.print(shown)
+
+    data = {
+        "folder": str(to), "delta": delta.name, "digest": delta.digest, "methods": methods, "largest_gap": gap,
+        "effect": moved, "trainable": delta.trainable_parameters,
+    }  # fmt: skip
+    proof = f"imported {delta.name} ({delta.digest[:12]}): {', '.join(methods)}, largest output change {moved:.3g}"
+    return Result(data, proof, view)
+
+
+def _free(to: Path) -> None:
+    """Raise UsageError for a place that a folder cannot take."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError("is there already", where=str(to), hint="choose a new folder, or empty this one")
+
+
+def _gap(base, delta, adapter: Path) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+    """The largest gap between a delta and an adapter read from its folder, and the largest change it makes.
+
+    Raises DeltaError where they differ, or where the delta does nothing.
+    """
+    from tunesmith.export.peft import read_peft
+
+    before = base.probe_outputs()
+    with base.using(delta):
+        want = base.probe_outputs()
+    with base.using(read_peft(adapter, base)):
+        got = base.probe_outputs()
+    gap, effect = float((got - want).abs().max()), float((want - before).abs().max())
+    if effect == 0:
+        raise DeltaError("the delta changes nothing", where=delta.name, hint="train it first")
+    if gap > 1e-3 * max(1.0, float(want.abs().max())):
+        raise DeltaError(f"read back, the adapter differs by {gap:.2e}", where=str(adapter))
+    return gap, effect

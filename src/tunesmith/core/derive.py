@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Derived bases: a new base made from another one by a recipe, with a record of how. The parent is never changed.
+
+    small = derive(base, Factorise(ratio=2.0))
+    small.source["derived"]      # one record for each step: recipe, options, fingerprint of the parent, digest of the result
+
+A recipe is a class decorated with `@recipe(name)`: annotated fields with `option(...)` as in a method, and
+`make(base, sample) -> Made`, which gives the modules to put in place of the parent's, by path. Everything else is shared
+with the parent. The same recipe on the same parent gives the same digest, so a base can be made again from its records
+(`again`), unless data or training went into it; then it is kept as files (`derived_store`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast, dataclass_transform
+
+from torch import Tensor, nn
+
+from tunesmith.core.apply import sharing_copy
+from tunesmith.core.base import Base
+from tunesmith.core.delta import tensor_bytes
+from tunesmith.core.errors import BaseMismatch, DeltaError, UsageError, nearest
+from tunesmith.core.header import plain
+from tunesmith.core.held import put_module
+from tunesmith.core.method import _check_arguments, option
+from tunesmith.core.sample import Sample
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass
+class Made:
+    """What a recipe gives: modules by path, facts for the record (plain data), and anything that goes with the base.
+
+    Path "" replaces the whole model. `repeatable` is why the recipe cannot be run again to the same result, or None.
+    """
+
+    modules: dict[str, nn.Module]
+    facts: dict[str, Any] = field(default_factory=dict)
+    extra: Any = None
+    repeatable: str | None = None
+
+
+class Recipe(Protocol):
+    """What `derive` runs."""
+
+    def make(self, base: Base, sample: Sample | None) -> Made: ...
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """What the registry knows of a recipe."""
+
+    name: str
+    cls: type
+    paper: str
+
+
+_RECIPES: dict[str, RecipeInfo] = {}
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(option,))
+def recipe(name: str, *, paper: str = "") -> Callable[[C], C]:
+    """Class decorator: a frozen dataclass with checked options, entered in the registry under `name`."""
+
+    def wrap(cls: C) -> C:
+        if name in _RECIPES and _RECIPES[name].cls.__module__ != cls.__module__:
+            raise UsageError(f"recipe {name!r} is registered twice", where=cls.__module__)
+        if not hasattr(cls, "make"):
+            raise UsageError(f"recipe {name!r} must define make", where=cls.__module__)
+        made: Any = dataclasses.dataclass(frozen=True)(cls)
+        _check_arguments(made, name)
+        made.recipe_info = _RECIPES[name] = RecipeInfo(name, made, paper)
+        return cast(C, made)
+
+    return wrap
+
+
+def get_recipe(name: str) -> RecipeInfo:
+    """The record of a recipe. Raises UsageError naming the nearest."""
+    if name not in _RECIPES:
+        importlib.import_module("tunesmith.derive")
+    if name not in _RECIPES:
+        raise UsageError(f"unknown recipe {name!r}", hint=nearest(name, _RECIPES))
+    return _RECIPES[name]
+
+
+def recipes() -> list[RecipeInfo]:
+    """All recipes by name."""
+    importlib.import_module("tunesmith.derive")
+    return [_RECIPES[n] for n in sorted(_RECIPES)]
+
+
+def records(base: Base) -> list[dict[str, Any]]:
+    """How the base was made from a loaded one, step by step; empty for one that was not derived."""
+    return list(base.source.get("derived") or [])
+
+
+def derive(base: Base, how: Any, sample: Sample | None = None) -> Base:
+    """A new base made from `base` by a recipe; see the module. `sample` is data, for recipes that look at some."""
+    return derive_with(base, how, sample)[0]
+
+
+def derive_with(base: Base, how: Any, sample: Sample | None = None) -> tuple[Base, Any]:
+    """The derived base and what the recipe made besides it. Raises UsageError for what is no recipe."""
+    info = getattr(how, "recipe_info", None)
+    if not isinstance(info, RecipeInfo):
+        known = ", ".join(r.name for r in recipes())
+        raise UsageError(f"{how!r} is not a recipe", hint=f"one of {known}, each a class of tunesmith.derive")
+    made = how.make(base, sample)
+    why = made.repeatable or ("data went into it" if sample is not None else None)
+    made = dataclasses.replace(made, repeatable=why)
+    return step(base, made, info.name, dataclasses.asdict(how), info.paper), made.extra
+
+
+def step(base: Base, made: Made, name: str, options: Mapping[str, Any], paper: str = "") -> Base:
+    """The base with these modules in place of its own, and one more record: for what is no registered recipe."""
+    record = {
+        "recipe": name, "paper": paper, "options": dict(options), "parent": base.fingerprint.digest,
+        "parent_name": base.name, "paths": sorted(made.modules), "facts": made.facts, "not_repeatable": made.repeatable,
+    }  # fmt: skip
+    model = sharing_copy(base.model)
+    for path, module in made.modules.items():
+        if path:
+            put_module(model, path, module.train(base.modules[path].training))
+        else:
+            model = module
+    digest = changed_digest(model, record)
+    steps = [*records(base), plain({**record, "digest": digest}, "the record of the recipe")]
+    return Base(
+        model, tokenizer=base.tokenizer, example=base._example, name=f"{base.name}/{name}", family=base.family,
+        source={**base.source, "derived": steps},
+    )  # fmt: skip
+
+
+def changed(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """The entries of the state dict that belong to the modules at `paths`."""
+    heads = tuple(f"{p}." if p else "" for p in paths)
+    return {k: t for k, t in model.state_dict().items() if k.startswith(heads) and isinstance(t, Tensor)}
+
+
+def changed_digest(model: nn.Module, record: Mapping[str, Any]) -> str:
+    """sha256 over the parent's fingerprint and every byte of what the recipe put in its place."""
+    h = hashlib.sha256(record["parent"].encode())
+    for key, t in sorted(changed(model, record["paths"]).items()):
+        h.update(f"{key}:{t.dtype}:{tuple(t.shape)}".encode())
+        h.update(tensor_bytes(t))
+    return h.hexdigest()
+
+
+def require_parent(base: Base, record: Mapping[str, Any]) -> None:
+    """Raise BaseMismatch unless `base` is the one the recipe was run on."""
+    if record["parent"] != base.fingerprint.digest:
+        raise BaseMismatch(
+            f"the recipe {record['recipe']!r} was run on {record['parent_name']!r} ({record['parent'][:12]}), not on "
+            f"{base.name!r} ({base.fingerprint.short})",
+            hint="give the base it was derived from",
+        )
+
+
+def again(base: Base, steps: Sequence[Mapping[str, Any]]) -> Base:
+    """Run recorded recipes on `base`, as `records` of another run gives them.
+
+    Raises BaseMismatch where the parent is another base, UsageError for a step that data or training went into, and
+    DeltaError where the result has other bytes than the recorded one (linear algebra may round otherwise on another
+    machine).
+    """
+    for step in steps:
+        require_parent(base, step)
+        if step.get("not_repeatable"):
+            hint = "load the saved base: ts.load(folder)"
+            raise UsageError(f"recipe {step['recipe']!r} cannot be run again: {step['not_repeatable']}", hint=hint)
+        from tunesmith.core.expected import retyped
+
+        cls = get_recipe(step["recipe"]).cls
+        base = derive(base, cls(**retyped(cls, step["options"])))
+        if records(base)[-1]["digest"] != step["digest"]:
+            hint = "load the saved base instead: ts.load(folder)"
+            raise DeltaError(f"recipe {step['recipe']!r} gives other bytes here than were recorded", hint=hint)
+    return base
