@@ -225,3 +225,16 @@ def test_export_names_what_peft_cannot_hold_and_fits_it(run: Run, tiny: Path, tm
         "export", tmp_path / "whole", "--to", tmp_path / "a", "--fit-rank", "4", "--model", tiny, "--json"
     ).json
     assert 0 < fitted["fit_error"] < 1 and fitted["lost"] == []
+
+
+def test_verify_and_merge_hold_where_auto_is_bf16(
+    run: Run, saved: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delta is used in bf16 there; what folding does is proved in fp32, where rounding cannot hide or fake it."""
+    from tunesmith.models import precision
+
+    monkeypatch.setattr(precision, "cpu_flags", lambda *a: frozenset({"amx_bf16"}))
+    assert tunesmith.load(tiny, device="cpu").dtype == torch.bfloat16
+    found = run("merge", saved, "--into", tmp_path / "merged", "--model", tiny, "--json")
+    assert found.code == 0, found.err
+    assert found.json["gap_to_applied"] < 1e-3

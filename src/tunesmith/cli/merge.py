@@ -56,7 +56,7 @@ def merge(
     target = _free(into)
     folder = delta_folder(delta)
     head = store.peek(folder)
-    base = load_base(folder, head, model, device)
+    base = load_base(folder, head, model, device, exact=True)
     loaded = Delta.load(folder, base)
     _require_mergeable(base, loaded)
     before = base.probe_outputs()

@@ -76,6 +76,13 @@ def verify(
     same_outputs, same_weights = torch.equal(before, base.probe_outputs()), digest == base.digest()
     detail = f"outputs {_same(same_outputs)}, weights {_same(same_weights)} (sha256 {digest[:12]})"
     checks.append(Check("undo", same_outputs and same_weights, detail))
+    if base.dtype in (torch.bfloat16, torch.float16) and base.device.type == "cpu":
+        # Rounding of thirty layers can look like a wrong merge: the folding itself is proved where it can be seen.
+        base = load_base(folder, head, model, device, exact=True)
+        loaded = Delta.load(folder, base)
+        before = base.probe_outputs()
+        with base.using(loaded):
+            applied = base.probe_outputs()
     checks.append(merge_check(base, loaded, before, applied))
     bad = [c for c in checks if c.ok is False]
 
