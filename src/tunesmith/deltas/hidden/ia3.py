@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.method import option, register
+from tunesmith.core.patterns import matches
 from tunesmith.core.sites import Site
-from tunesmith.deltas.patterns import matches
 
 
 @register("ia3", carrier="hidden", paper="2205.05638", kinds=("linear",), strength="blend")

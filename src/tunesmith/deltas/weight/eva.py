@@ -32,9 +32,9 @@ from torch import Tensor
 from tunesmith.core.algebra import LowRank
 from tunesmith.core.base import Base
 from tunesmith.core.method import option, register
+from tunesmith.core.patterns import pick
 from tunesmith.core.sample import Sample
 from tunesmith.core.sites import Site
-from tunesmith.deltas.patterns import pick
 from tunesmith.deltas.weight.explained import Found, explained
 from tunesmith.deltas.weight.gated import as_lora
 from tunesmith.deltas.weight.lora import LoRA

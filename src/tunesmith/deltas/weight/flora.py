@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tunesmith.core.algebra import LowRank
 from tunesmith.core.method import option, register
+from tunesmith.core.patterns import pick
 from tunesmith.core.sites import Site
-from tunesmith.deltas.patterns import pick
 from tunesmith.deltas.weight.lowrank import KINDS, check_ranks
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.method import option, register
+from tunesmith.core.patterns import pick
 from tunesmith.core.sites import Site
-from tunesmith.deltas.patterns import pick
 from tunesmith.deltas.weight.lowrank import KINDS, check_patterns, factors, rank_at
 from tunesmith.deltas.weight.multiplicative import hadamard
 

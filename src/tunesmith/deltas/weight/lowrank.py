@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tunesmith.core.algebra import LowRank
 from tunesmith.core.errors import UsageError
+from tunesmith.core.patterns import pick, require_used
 from tunesmith.core.sites import Site
-from tunesmith.deltas.patterns import pick, require_used
 
 KINDS = ("linear", "embedding", "conv1d", "conv2d")
 

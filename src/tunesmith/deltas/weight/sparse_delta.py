@@ -29,10 +29,10 @@ from tunesmith.core.base import Base
 from tunesmith.core.delta import site_seed
 from tunesmith.core.errors import UsageError
 from tunesmith.core.method import option, register
+from tunesmith.core.patterns import pick, require_used
 from tunesmith.core.sample import Sample
 from tunesmith.core.sites import Site
 from tunesmith.core.spectrum import flat
-from tunesmith.deltas.patterns import pick, require_used
 from tunesmith.deltas.weight import selectors, sparse
 from tunesmith.deltas.weight.lowrank import KINDS, check_ranks, rank_at
 from tunesmith.deltas.weight.selectors import SELECTORS, Look
