@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import TrainingError, UsageError
-from tunesmith.deltas import BitFit, LoRA
+from tunesmith.deltas import BitFit, LoRA, SoRA
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.guard import checksum
 from tunesmith.train.loop import fit
@@ -80,6 +80,18 @@ def test_a_tensor_that_the_loss_does_not_reach_is_named() -> None:
     with pytest.raises(TrainingError, match=r"lora/aside/[AB].*1?.*did not move") as caught:
         go(Net(), batches(), LoRA(rank=1, targets="first,aside"))
     assert "first" not in str(caught.value)
+
+
+def test_a_site_that_an_earlier_training_pruned_for_good_may_stay_still() -> None:
+    base = Base(Net(), example=(torch.zeros(1, 4),))
+    delta = Delta.create(base, SoRA(rank=2, alpha=4.0, xi=0.02, targets="first,last"))
+    config = TrainConfig(steps=4, lr=1e-2, precision="fp32")
+    fit(base, delta, LoaderTask(batches(), mse), config, progress=False)
+    pruned = delta.part("sora").parameter("first", "g")
+    with torch.no_grad():
+        pruned.zero_()
+    fit(base, delta, LoaderTask(batches(), mse), config, progress=False)
+    assert not pruned.any()
 
 
 def test_a_loss_that_no_trainable_tensor_reaches_is_refused() -> None:

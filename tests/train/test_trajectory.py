@@ -121,20 +121,24 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def two_processes() -> list[dict[str, str]]:
+    """What a launcher gives its processes."""
+    shared = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
+
+
 def test_two_processes_take_the_path_of_one(tmp_path: Path) -> None:
+    """With the base whole in each (DDP), and with the base in shards (FSDP2)."""
     job = Path(__file__).with_name("ddp_job.py")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true",
-    }  # what a launcher gives its processes; fmt: skip
+    jobs = [("one", {})]
+    jobs += [("whole", extra) for extra in two_processes()]
+    jobs += [("shards", {**extra, "ACCELERATE_USE_FSDP": "true"}) for extra in two_processes()]
     started = []
-    for name, extra in [
-        ("two", {**shared, "RANK": "0", "LOCAL_RANK": "0"}), ("two", {**shared, "RANK": "1", "LOCAL_RANK": "1"}), ("one", {})
-    ]:  # fmt: skip
+    for name, extra in jobs:
         command = [sys.executable, str(job), str(tmp_path / name)]
         started.append(subprocess.Popen(command, env={**env, **extra}, stderr=subprocess.PIPE, text=True))
     try:
@@ -144,12 +148,16 @@ def test_two_processes_take_the_path_of_one(tmp_path: Path) -> None:
     finally:
         for process in started:
             process.kill()
-    two, one = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("two", "one"))
-    assert (two.pop("world"), one.pop("world")) == (2, 1)
-    for name, run in one.items():
-        assert two[name]["losses"] == pytest.approx(run["losses"], rel=1e-6), name
-        assert two[name]["sums"] == pytest.approx(run["sums"], rel=1e-5, abs=1e-6), name
-        assert two[name]["validation"] == pytest.approx(run["validation"], rel=1e-6), name
-        assert two[name]["logged"] == len(run["losses"]), name
+    one, *others = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "whole", "shards"))
+    assert one.pop("world") == 1
+    assert [two.pop("sharded") for two in (one, *others)] == [False, False, True]
+    for two in others:
+        assert two.pop("world") == 2
+        for name, run in one.items():
+            assert two[name]["losses"] == pytest.approx(run["losses"], rel=1e-6), name
+            assert two[name]["sums"] == pytest.approx(run["sums"], rel=1e-5, abs=1e-6), name
+            assert two[name]["validation"] == pytest.approx(run["validation"], rel=1e-6), name
+            assert two[name]["logged"] == len(run["losses"]), name
+            assert two[name]["undone"], name
     assert one["rows"]["losses"] == pytest.approx(one["micro"]["losses"], rel=1e-6)
     assert sum(one["module"]["losses"][:4]) > sum(one["module"]["losses"][4:])

@@ -15,6 +15,9 @@ from tunesmith.core.errors import DeltaError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunesmith.core.base import Base
+    from tunesmith.core.delta import Delta
+
 EXPORT = examples("tunesmith export demo --to adapter", "tunesmith export demo --to adapter --fit-rank 16")
 IMPORT = examples("tunesmith import adapter --model smollm2-135m-instruct --to delta")
 
@@ -43,7 +46,7 @@ def export(
     """
     from tunesmith.core import store
     from tunesmith.core.delta import Delta
-    from tunesmith.export.peft import nearest_lora, write_peft
+    from tunesmith.export.peft import nearest_lora, read_peft, write_peft
 
     _free(to)
     folder = delta_folder(delta)
@@ -55,7 +58,7 @@ def export(
         written, error, lost = fit.delta, fit.error, fit.lost
     write_peft(written, base, to, part=part)
     meant = Delta(written.name, [written.part(part)]) if part is not None else written
-    gap, effect = _gap(base, meant, to)
+    gap, effect = _gap(base, meant, read_peft(to, base), to)
     size = sum(p.stat().st_size for p in to.iterdir())
     data = {
         "folder": str(to), "delta": loaded.name, "digest": loaded.digest, "format": "peft", "bytes": size,
@@ -88,6 +91,7 @@ def import_(
 ) -> Result:
     """Read a PEFT adapter as a delta that can be applied, merged, measured, composed and undone like any other."""
     import tunesmith
+    from tunesmith.core.delta import Delta
     from tunesmith.core.effect import effect
     from tunesmith.export.peft import read_peft
 
@@ -96,7 +100,7 @@ def import_(
     delta = read_peft(adapter, base, name=to.resolve().name)
     delta.provenance["effect"] = effect(base, delta)
     delta.save(to)
-    gap, moved = _gap(base, delta, adapter)
+    gap, moved = _gap(base, delta, Delta.load(to, base), to)
     methods = [p.info.name for p in delta.parts]
 
     def view(console: Console) -> None:
@@ -110,7 +114,8 @@ def import_(
         "folder": str(to), "delta": delta.name, "digest": delta.digest, "methods": methods, "largest_gap": gap,
         "effect": moved, "trainable": delta.trainable_parameters,
     }  # fmt: skip
-    proof = f"imported {delta.name} ({delta.digest[:12]}): {', '.join(methods)}, largest output change {moved:.3g}"
+    read_back = f"read back, largest gap {gap:.1e}, largest output change {moved:.3g}"
+    proof = f"imported {delta.name} ({delta.digest[:12]}): {', '.join(methods)}, {read_back}"
     return Result(data, proof, view)
 
 
@@ -120,21 +125,19 @@ def _free(to: Path) -> None:
         raise UsageError("is there already", where=str(to), hint="choose a new folder, or empty this one")
 
 
-def _gap(base, delta, adapter: Path) -> tuple[float, float]:  # type: ignore[no-untyped-def]
-    """The largest gap between a delta and an adapter read from its folder, and the largest change it makes.
+def _gap(base: Base, delta: Delta, reread: Delta, folder: Path) -> tuple[float, float]:
+    """The largest gap between a delta and what was read back of it, and the largest change it makes.
 
     Raises DeltaError where they differ, or where the delta does nothing.
     """
-    from tunesmith.export.peft import read_peft
-
     before = base.probe_outputs()
     with base.using(delta):
         want = base.probe_outputs()
-    with base.using(read_peft(adapter, base)):
+    with base.using(reread):
         got = base.probe_outputs()
     gap, effect = float((got - want).abs().max()), float((want - before).abs().max())
     if effect == 0:
         raise DeltaError("the delta changes nothing", where=delta.name, hint="train it first")
     if gap > 1e-3 * max(1.0, float(want.abs().max())):
-        raise DeltaError(f"read back, the adapter differs by {gap:.2e}", where=str(adapter))
+        raise DeltaError(f"read back, it differs by {gap:.2e}", where=str(folder))
     return gap, effect

@@ -81,13 +81,15 @@ class Site:
     def params(self) -> dict[str, Tensor]:
         """The module's own parameters and buffers by name, the weight in canonical orientation.
 
-        A linear layer in another form gives its dense weight, made anew at each call, and its bias.
+        A linear layer in another form gives its dense weight, made anew at each call, and its bias. One in shards over
+        several processes is gathered: all of them must ask.
         """
         if self.held:
             m: Any = self.module
             return {"weight": m.dense_weight(), **({} if m.bias is None else {"bias": m.bias})}
         own: dict[str, Tensor] = {n: p for n, p in self.module._parameters.items() if p is not None}
         own.update({n: b for n, b in self.module._buffers.items() if b is not None})
+        own = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in own.items()}
         if self.transposed:
             own["weight"] = own["weight"].T
         return own

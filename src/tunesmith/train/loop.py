@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,22 @@ from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import DeltaError, Interrupted, ResourceError, TrainingError, UsageError
 from tunesmith.core.memory import peak_memory, reset_peak
-from tunesmith.evaluate.receipt import write_text
 from tunesmith.models.precision import parse
 from tunesmith.train import checkpoint as ckpt
+from tunesmith.train import sharding
 from tunesmith.train.agreement import Agreement
 from tunesmith.train.anchor import Anchor
 from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
+from tunesmith.train.journal import jsonable, truncate
 from tunesmith.train.modes import recomputing, stop_signals, training_mode
 from tunesmith.train.processes import accelerator, agreed, anywhere
 from tunesmith.train.progress import Reporter
 from tunesmith.train.surgery import Now
 from tunesmith.train.tasks import Task, moved
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass
@@ -100,13 +104,16 @@ def fit(
         raise UsageError("it needs validation data or a score", where=which)
     if out and not resume and ckpt.newest(out / "checkpoint"):
         raise UsageError("a checkpoint is here already", where=str(out), hint="resume=True, or another folder")
+    half = parse(config.precision, base.device) == torch.float16
+    processes = accelerator(base.device, half, config.tracker, out)
     with ExitStack() as stack:
         stack.enter_context(base.frozen())
-        stack.enter_context(training_mode(base, delta))
+        used = stack.enter_context(sharding.sharded(base)) if sharding.wanted() else base
+        stack.enter_context(training_mode(used, delta))
         if config.gradient_checkpointing:
-            stack.enter_context(recomputing(base))
-        stack.enter_context(base.using(delta))
-        return _Loop(base, delta, task, config, validation, out, resume, progress, score, on_step).run()
+            stack.enter_context(recomputing(used))
+        stack.enter_context(used.using(delta))
+        return _Loop(used, delta, task, config, processes, validation, out, resume, progress, score, on_step).run()
 
 
 class _Loop:
@@ -116,6 +123,7 @@ class _Loop:
         delta: Delta,
         task: Task,
         config: TrainConfig,
+        processes: Accelerator,
         validation: Task | None,
         out: Path | None,
         resume: bool,
@@ -126,8 +134,7 @@ class _Loop:
         self.base, self.delta, self.task, self.config = base, delta, task, config
         self.validation, self.out, self.score, self.on_step = validation, out, score, on_step
         self.dtype = parse(config.precision, base.device)
-        half = self.dtype == torch.float16
-        self.accelerator = accelerator(base.device, half, config.tracker, out)
+        self.accelerator = processes
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.per_epoch = per_epoch = len(task.plan(config.batch_size, config.seed, 0))
         self.total = steps_of(task, config)
@@ -136,7 +143,11 @@ class _Loop:
         if not self.params:
             raise UsageError(f"delta {delta.name!r} has nothing to train")
         optimiser = _optimiser(delta, config)
-        self.model, self.optimiser = self.accelerator.prepare(_Adapted(base, delta, task), optimiser)
+        self.model: Any = _Adapted(base, delta, task)
+        if sharding.wanted():  # the base is in shards already, and the delta's gradients are exchanged here
+            self.optimiser = self.accelerator.prepare_optimizer(optimiser)
+        else:
+            self.model, self.optimiser = self.accelerator.prepare(self.model, optimiser)
         self.state = Trained(world=self.world)
         self.best: dict[str, Tensor] = {}
         self.best_value: float | None = None
@@ -145,12 +156,13 @@ class _Loop:
         if resume:
             self._resume()
         if self.out and self.accelerator.is_main_process:
-            _truncate_log(self.out / "log.jsonl", self.first)
+            truncate(self.out / "log.jsonl", self.first)
         self.statistics = [t for k, t in delta.items() if k.rsplit("/", 1)[-1] in STATISTICS]
         self.anchor = Anchor(base, delta, config.anchor, config.seed) if config.anchor else None
         share = config.gradient_dropout
         self.agreement = Agreement(base, delta, task, share, config.seed) if share else None
-        self.guard = Guard(base, delta, moving=config.lr != 0 and self.first < PATIENCE)
+        fresh = bool(delta.provenance.get("untrained", False))
+        self.guard = Guard(base, delta, moving=config.lr != 0 and self.first < PATIENCE, all_move=fresh)
         self.reporter = Reporter(
             self.total, self.first, task.objective.unit, progress and self.accelerator.is_main_process
         )
@@ -247,9 +259,11 @@ class _Loop:
                 if not value.requires_grad:
                     hint = "does the loss use the model's output, and does the delta touch what it uses?"
                     raise TrainingError("the loss does not depend on anything that trains", hint=hint)
-                # DDP averages gradients over processes; the sum is wanted.
+                # Gradients are averaged over processes; the sum is wanted.
                 self.accelerator.backward(value * (self.world / max(1, units)))
             total += float(value.detach())
+        if sharding.wanted():
+            sharding.average_gradients(list(self.params.values()), self.accelerator)
         if self.world > 1:
             shared = torch.tensor(total, dtype=torch.float64, device=self.base.device)
             total = float(self.accelerator.reduce(shared, "sum"))
@@ -307,7 +321,7 @@ class _Loop:
             rows = poisoned(self.base, self.task, indices, epoch)
         for t, kept in zip(self.statistics, statistics, strict=True):
             t.data.copy_(kept)  # what such a batch did to running statistics is taken back
-        event = {"step": step + 1, "rows": rows, "batch": indices, "loss": _jsonable(loss), "layer": where}
+        event = {"step": step + 1, "rows": rows, "batch": indices, "loss": jsonable(loss), "layer": where}
         self.state.skipped.append(event)
         self._log({"nonfinite": event})
         self.reporter.note(f"step {step + 1}: loss or gradient is not finite (rows {rows[:8]}, {where}); step skipped")
@@ -326,7 +340,7 @@ class _Loop:
             value = -float(self.score(self.base)) if self.score else mean_loss(self.base, self.validation, self.config)
         value = agreed(self.accelerator, value)
         self.state.validation.append((step, value))
-        self._log({"step": step, "validation": _jsonable(value)})
+        self._log({"step": step, "validation": jsonable(value)})
         self.reporter.note(
             f"step {step}: {'score ' + format(-value, '.4f') if self.score else f'validation loss {value:.4f}'}"
         )
@@ -340,7 +354,7 @@ class _Loop:
 
     def _log(self, row: dict[str, Any]) -> None:
         if "loss" in row:
-            row = {**row, "loss": _jsonable(row["loss"])}
+            row = {**row, "loss": jsonable(row["loss"])}
         if self.config.tracker and "step" in row:
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         if self.out and self.accelerator.is_main_process:
@@ -464,32 +478,8 @@ def _load(delta: Delta, values: Mapping[str, Tensor], optimiser: torch.optim.Opt
                     part.put(path, name, value.to(t.device), trainable=t.requires_grad)
 
 
-def _truncate_log(path: Path, step: int) -> None:
-    """Drop log rows after `step` and a half-written last line, in one step: a kill here must not lose the log."""
-    if not path.exists():
-        return
-    kept = []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as e:
-        raise ResourceError(f"the log cannot be read ({e.strerror or e})", where=str(path)) from None
-    for line in lines:
-        try:
-            row = json.loads(line)
-            at = row.get("step") or row["nonfinite"]["step"]
-            if at <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            break
-    write_text(path, "".join(f"{line}\n" for line in kept))
-
-
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"step:{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
-
-
-def _jsonable(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
