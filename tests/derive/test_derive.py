@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tunesmith as ts
 from tunesmith.core.base import Base
-from tunesmith.core.derive import Made, derive, get_recipe, recipe, recipes
+from tunesmith.core.derive import RECIPES, Made, derive, recipe
 from tunesmith.core.errors import BaseMismatch, DeltaError, UsageError
 from tunesmith.core.fingerprint import Fingerprint
 from tunesmith.core.toys import ToyLM, toys
@@ -42,7 +42,7 @@ EACH: list[Any] = [
 
 
 def names(value: Any) -> str:
-    return value.recipe_info.name if hasattr(value, "recipe_info") else str(value)
+    return value.info.name if hasattr(value, "info") else str(value)
 
 
 @pytest.mark.parametrize("how", EACH, ids=names)
@@ -50,7 +50,7 @@ def test_the_record_says_how_and_the_same_recipe_gives_the_same_base(lm: Base, h
     before = lm.digest(), lm.fingerprint.digest
     one, two = derive(lm, how), derive(toys()[0], how)
     (record,) = one.source["derived"]
-    assert record["recipe"] == how.recipe_info.name and record["parent"] == lm.fingerprint.digest
+    assert record["recipe"] == how.info.name and record["parent"] == lm.fingerprint.digest
     assert record["options"].keys() == {f for f in type(how).__dataclass_fields__}
     assert records(two) == [record] and two.digest() == one.digest()
     assert one.fingerprint.digest == two.fingerprint.digest != lm.fingerprint.digest
@@ -171,9 +171,9 @@ def test_saving_refuses_what_it_must(lm: Base, tmp_path: Path) -> None:
 
 
 def test_recipes_are_known_and_checked(lm: Base) -> None:
-    assert {r.name for r in recipes()} >= {"densify", "factorise", "loftq", "lq-lora", "quantise", "sparsify"}
+    assert {r.name for r in RECIPES.all()} >= {"densify", "factorise", "loftq", "lq-lora", "quantise", "sparsify"}
     with pytest.raises(UsageError, match="factorise"):
-        get_recipe("factorize")
+        RECIPES.get("factorize")
     with pytest.raises(UsageError, match="ratio"):
         Factorise(ration=2.0)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="outside"):

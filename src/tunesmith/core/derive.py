@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast, dataclass_transform
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from tunesmith.core.apply import sharing_copy
 from tunesmith.core.base import Base
 from tunesmith.core.delta import tensor_bytes
-from tunesmith.core.errors import BaseMismatch, DeltaError, UsageError, nearest
+from tunesmith.core.errors import BaseMismatch, DeltaError, UsageError
 from tunesmith.core.header import plain
 from tunesmith.core.held import put_module
-from tunesmith.core.method import _check_arguments, option
+from tunesmith.core.registry import Info, Registry
 from tunesmith.core.sample import Sample
 
 C = TypeVar("C", bound=type)
@@ -52,48 +51,8 @@ class Recipe(Protocol):
     def make(self, base: Base, sample: Sample | None) -> Made: ...
 
 
-@dataclass(frozen=True)
-class RecipeInfo:
-    """What the registry knows of a recipe."""
-
-    name: str
-    cls: type
-    paper: str
-
-
-_RECIPES: dict[str, RecipeInfo] = {}
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(option,))
-def recipe(name: str, *, paper: str = "") -> Callable[[C], C]:
-    """Class decorator: a frozen dataclass with checked options, entered in the registry under `name`."""
-
-    def wrap(cls: C) -> C:
-        if name in _RECIPES and _RECIPES[name].cls.__module__ != cls.__module__:
-            raise UsageError(f"recipe {name!r} is registered twice", where=cls.__module__)
-        if not hasattr(cls, "make"):
-            raise UsageError(f"recipe {name!r} must define make", where=cls.__module__)
-        made: Any = dataclasses.dataclass(frozen=True)(cls)
-        _check_arguments(made, name)
-        made.recipe_info = _RECIPES[name] = RecipeInfo(name, made, paper)
-        return cast(C, made)
-
-    return wrap
-
-
-def get_recipe(name: str) -> RecipeInfo:
-    """The record of a recipe. Raises UsageError naming the nearest."""
-    if name not in _RECIPES:
-        importlib.import_module("tunesmith.derive")
-    if name not in _RECIPES:
-        raise UsageError(f"unknown recipe {name!r}", hint=nearest(name, _RECIPES))
-    return _RECIPES[name]
-
-
-def recipes() -> list[RecipeInfo]:
-    """All recipes by name."""
-    importlib.import_module("tunesmith.derive")
-    return [_RECIPES[n] for n in sorted(_RECIPES)]
+RECIPES = Registry("recipe", "tunesmith.derive", "make")
+recipe = RECIPES.register
 
 
 def records(base: Base) -> list[dict[str, Any]]:
@@ -108,9 +67,9 @@ def derive(base: Base, how: Any, sample: Sample | None = None) -> Base:
 
 def derive_with(base: Base, how: Any, sample: Sample | None = None) -> tuple[Base, Any]:
     """The derived base and what the recipe made besides it. Raises UsageError for what is no recipe."""
-    info = getattr(how, "recipe_info", None)
-    if not isinstance(info, RecipeInfo):
-        known = ", ".join(r.name for r in recipes())
+    info = getattr(how, "info", None)
+    if not isinstance(info, Info):
+        known = ", ".join(r.name for r in RECIPES.all())
         raise UsageError(f"{how!r} is not a recipe", hint=f"one of {known}, each a class of tunesmith.derive")
     made = how.make(base, sample)
     why = made.repeatable or ("data went into it" if sample is not None else None)
@@ -177,7 +136,7 @@ def again(base: Base, steps: Sequence[Mapping[str, Any]]) -> Base:
             raise UsageError(f"recipe {step['recipe']!r} cannot be run again: {step['not_repeatable']}", hint=hint)
         from tunesmith.core.expected import retyped
 
-        cls = get_recipe(step["recipe"]).cls
+        cls = RECIPES.get(step["recipe"]).cls
         base = derive(base, cls(**retyped(cls, step["options"])))
         if records(base)[-1]["digest"] != step["digest"]:
             hint = "load the saved base instead: ts.load(folder)"

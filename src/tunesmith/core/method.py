@@ -118,7 +118,7 @@ def register(
             needs = " or ".join(_REQUIRED[carrier])
             raise UsageError(f"method {name!r} with carrier {carrier!r} must define {needs}", where=cls.__module__)
         made: Any = dataclasses.dataclass(frozen=True)(cls)
-        _check_arguments(made, name)
+        check_arguments(made, name)
         info = MethodInfo(name, made, carrier, paper, kinds, merge, identity_at_init, strength, expected or {})
         _REGISTRY[name] = info
         made.info = info
@@ -127,7 +127,7 @@ def register(
     return wrap
 
 
-def _check_arguments(cls: type, name: str) -> None:
+def check_arguments(cls: type, name: str) -> None:
     """Make an unknown or ill-typed argument an error that names the nearest valid choice."""
     plain = cls.__init__  # type: ignore[misc]
     fields = dataclasses.fields(cls)
@@ -198,20 +198,25 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Any:
 
 def parse(text: str) -> Any:
     """A method from `name` or `name:key=value,key=value`, values in JSON or bare words."""
+    name, options = split_options(text, "method")
+    return get(name).cls(**options)
+
+
+def split_options(text: str, what: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options in `name:key=value,key=value`. Raises UsageError for anything else."""
     import json
 
     name, _, rest = text.partition(":")
-    info = get(name.strip())
     options: dict[str, Any] = {}
     for clause in filter(None, (c.strip() for c in _split_commas(rest))):
         key, eq, value = clause.partition("=")
         if not eq:
-            raise UsageError(f"expected key=value, got {clause!r}", where=f"method {text!r}")
+            raise UsageError(f"expected key=value, got {clause!r}", where=f"{what} {text!r}")
         try:
             options[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
             options[key.strip()] = value.strip()
-    return info.cls(**options)
+    return name.strip(), options
 
 
 def _split_commas(text: str) -> Iterator[str]:

@@ -9,7 +9,7 @@
 The base they are made from is never changed; `base.source["derived"]` says how one was made.
 """
 
-from tunesmith.core.derive import again, derive, recipes, records
+from tunesmith.core.derive import RECIPES, again, derive, records
 from tunesmith.core.derived_store import load_derived, save_derived
 from tunesmith.derive.factorise import FactoredLinear, Factorise, dense_delta, factorise
 from tunesmith.derive.lq import LQ, LoftQ, fisher_weights, loftq, lq_lora
@@ -21,6 +21,7 @@ from tunesmith.derive.sparsify import Densify, RandomMask, Sparsify, densify, fl
 
 __all__ = [
     "LQ",
+    "RECIPES",
     "Densify",
     "FactoredLinear",
     "Factorise",
@@ -45,7 +46,6 @@ __all__ = [
     "mask_of",
     "masks",
     "quantise",
-    "recipes",
     "records",
     "repair",
     "save_derived",
