@@ -124,11 +124,12 @@ def test_the_state_with_the_lowest_validation_loss_is_kept(trained: Any, token_r
     assert values[:2] == [-0.2, -0.9] and values[4] is None
 
 
-def test_validation_loss_picks_its_minimum_and_the_kept_delta_has_it(trained: Any, token_rows: Any, lm: Any) -> None:
+def test_validation_loss_picks_its_minimum_and_the_kept_delta_has_it(trained: Any, lm: Any) -> None:
     from tunesmith.train.loop import mean_loss
 
-    base, held = lm(), RowTask(token_rows(8, seed=9), SFT())
-    done, delta = trained(LoRA(rank=2), base=base, steps=12, lr=0.2, evaluate_every=2, validation=held)
+    same = [[{"input_ids": [token] * 6, "labels": [token] * 6} for _ in range(8)] for token in (3, 5)]
+    base, held = lm(), RowTask(same[1], SFT())  # the better it learns to say 3, the less it says 5
+    done, delta = trained(LoRA(rank=2), base=base, rows=same[0], steps=12, lr=0.1, evaluate_every=2, validation=held)
     steps, losses = zip(*done.validation, strict=True)
     assert steps == (2, 4, 6, 8, 10, 12)
     assert done.best_step == steps[losses.index(min(losses))] != 12

@@ -114,20 +114,10 @@ def tune(
     }  # fmt: skip
     _refuse_other(folder, record)
     write_record(folder, record)
-    delta = _fresh(opened, chosen, prepared, dataset, config, folder.resolve().name, tied, folder, progress)
-    before = opened.digest()
-    validating = None if valid is None else prepare(opened, valid, config, system=system).task
-    trained = fit(
-        opened, delta, prepared.task, config, validation=validating, out=folder, progress=progress, score=score,
-        resume=(folder / "checkpoint").exists(),
+    return _train(
+        opened, chosen, prepared, dataset, valid, tested, config, folder, record, gates, progress, score=score,
+        again=(folder / "checkpoint").exists(),
     )  # fmt: skip
-
-    def on_shuffled() -> Delta:
-        return _trained_on_shuffled(opened, chosen, dataset, config, system, tied, progress)
-
-    return _finish(
-        opened, delta, trained, config, folder, record, tested, gates, progress, before=before, controlled=on_shuffled
-    )
 
 
 def resume(folder: str | Path | None = None, *, progress: bool = True) -> Run:
@@ -161,17 +151,32 @@ def resume(folder: str | Path | None = None, *, progress: bool = True) -> Run:
             raise UsageError("the data has changed since the run began", where=str(record[key]["path"]))
     prepared = prepare(base, dataset, config, system=record["system"])
     chosen = [methods.build(m["name"], m["options"]) for m in record["methods"]]
-    delta = _fresh(base, chosen, prepared, dataset, config, where.resolve().name, record["tied"], where, progress)
-    before = base.digest()
-    validating = None if valid is None else prepare(base, valid, config, system=record["system"]).task
-    trained = fit(base, delta, prepared.task, config, validation=validating, out=where, progress=progress, resume=True)
     gates = parse_require(record["require"]) if record["require"] else []
+    return _train(
+        base, chosen, prepared, dataset, valid, tested, config, where, record, gates, progress, again=True
+    )  # fmt: skip
+
+
+def _train(
+    base: Base, chosen: list[Any], prepared: Prepared, dataset: Dataset, valid: Dataset | None, tested: Dataset | None,
+    config: TrainConfig, folder: Path, record: dict[str, Any], gates: list[Any], progress: bool, *, again: bool,
+    score: Callable[[Base], float] | None = None,
+) -> Run:  # fmt: skip
+    """A run from its fresh delta to its receipt, from its newest checkpoint if it runs `again`."""
+    system, tied = record["system"], record["tied"]
+    delta = _fresh(base, chosen, prepared, dataset, config, folder.resolve().name, tied, folder, progress)
+    before = base.digest()
+    validating = None if valid is None else prepare(base, valid, config, system=system).task
+    trained = fit(
+        base, delta, prepared.task, config, validation=validating, out=folder, progress=progress, score=score,
+        resume=again,
+    )  # fmt: skip
 
     def on_shuffled() -> Delta:
-        return _trained_on_shuffled(base, chosen, dataset, config, record["system"], record["tied"], progress)
+        return _trained_on_shuffled(base, chosen, dataset, config, system, tied, progress)
 
     return _finish(
-        base, delta, trained, config, where, record, tested, gates, progress, before=before, controlled=on_shuffled
+        base, delta, trained, config, folder, record, tested, gates, progress, before=before, controlled=on_shuffled
     )
 
 
