@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pool of cells for cached keys and values and for the deltas that are resident (unified paging).
+
+A cell is one vector of `width` numbers in each of two buffers per layer, one for keys and one for values; width is the
+number of key-value heads times their size. A cached token takes one cell. A row of a delta's factors takes as many as
+it needs: a LoRA of rank r whose rows are wider than a cell takes r * ceil(row / width) of them. So the length of a cache
+and the rank of a delta are paid for in the same coin, and either may use what the other leaves.
+
+Sheng et al. 2023, arXiv 2311.03285.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.errors import ResourceError, UsageError
+
+
+class Pool:
+    """Which cells are free and who owns the others.
+
+    Owners are any hashable names (a request, a delta). Every operation is O(cells), vectorised; nothing is moved, so an
+    index stays good until its owner frees it.
+    """
+
+    def __init__(self, cells: int) -> None:
+        if cells < 1:
+            raise UsageError(f"a pool needs at least one cell, got {cells}", where="cells")
+        self.cells = cells
+        self._free = torch.ones(cells, dtype=torch.bool)
+        self._owned: dict[Hashable, list[Tensor]] = {}
+        self.free = cells
+
+    @property
+    def used(self) -> int:
+        return self.cells - self.free
+
+    def take(self, owner: Hashable, n: int, *, together: bool = False) -> Tensor:
+        """`n` cells for `owner`, int64 and rising; with `together` neighbours where there is such a run.
+
+        Raises ResourceError when fewer than `n` are free; then nothing was taken.
+        """
+        if n < 0:
+            raise UsageError(f"cannot take {n} cells")
+        if n > self.free:
+            raise ResourceError(f"{n} cells were asked for and {self.free} of {self.cells} are free", where="pool")
+        found = self._run(n) if together and n else None
+        if found is None:
+            found = self._free.nonzero().flatten()[:n]
+        self._free[found] = False
+        self.free -= n
+        self._owned.setdefault(owner, []).append(found)
+        return found
+
+    def _run(self, n: int) -> Tensor | None:
+        """The first `n` free cells that are neighbours."""
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64), self._free.long().cumsum(0)])  # free cells before each
+        starts = (counts[n:] - counts[:-n] == n).nonzero().flatten()
+        return torch.arange(int(starts[0]), int(starts[0]) + n) if len(starts) else None
+
+    def of(self, owner: Hashable) -> Tensor:
+        """The cells of `owner` in the order it took them; empty for a stranger."""
+        held = self._owned.get(owner)
+        return torch.cat(held) if held else torch.empty(0, dtype=torch.int64)
+
+    def give_back(self, owner: Hashable) -> int:
+        """Free everything `owner` has; gives how many cells that were (0 for a stranger: giving back twice is harmless)."""
+        held = self._owned.pop(owner, [])
+        for cells in held:
+            self._free[cells] = True
+        n = sum(len(c) for c in held)
+        self.free += n
+        return n
+
+    def owners(self) -> list[Hashable]:
+        return list(self._owned)
+
+    def check(self) -> None:
+        """Raise AssertionError where the books do not add up: a cell with two owners, or one that is lost."""
+        held = [c for cells in self._owned.values() for c in cells]
+        every = torch.cat(held) if held else torch.empty(0, dtype=torch.int64)
+        assert len(every) == len(torch.unique(every)), "a cell has two owners"
+        assert not bool(self._free[every].any()), "a cell is owned and free"
+        assert int(self._free.sum()) == self.free == self.cells - len(every), "cells were lost"
+
+
+def cells_for(rows: Iterable[tuple[int, int]], width: int) -> int:
+    """Cells for `(count, length)` rows of numbers: each row starts in a cell of its own.
+
+    A LoRA on q, k, v and o of rank r: `[(r, d_in), (r, d_out)]` a projection, its A and its B^T, the two in the two
+    buffers of the same cells, so a projection takes the larger of both (see `lora_cells`).
+    """
+    return sum(count * -(-length // width) for count, length in rows)
+
+
+def lora_cells(shapes: Iterable[tuple[int, int, int]], width: int) -> int:
+    """Cells of a LoRA with `(rank, in, out)` a projection: A's rows lie in the key buffer, B's columns in the value one."""
+    return sum(max(cells_for([(r, d_in)], width), cells_for([(r, d_out)], width)) for r, d_in, d_out in shapes)
