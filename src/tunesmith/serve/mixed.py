@@ -27,22 +27,37 @@ FEW = 4  # tokens of one delta up to which rows of several deltas share one batc
 
 @dataclass
 class Resident:
-    """A delta ready to serve: `low` has factors A [r, in] and B [out, r] (scale folded in), `other` the rest, by path."""
+    """A delta ready to serve: `low` has factors A [r, in] and B [out, r] (scale folded in), `other` the rest, by path.
+
+    `view` is the delta at its strength, `digest` names its content.
+    """
 
     name: str
+    view: View
     low: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     other: dict[str, list[Action]] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def paths(self) -> set[str]:
         return {*self.low, *self.other}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its factors and of the delta it was made from."""
+        factors = sum(t.numel() * t.element_size() for pair in self.low.values() for t in pair)
+        return factors + self.view.delta.nbytes
+
+    def silent(self) -> bool:
+        """Whether all it does is add low-rank matrices that are zero."""
+        return not self.other and not any(bool(A.any()) and bool(B.any()) for A, B in self.low.values())
 
 
 @torch.no_grad()
 def resident(base: Base, delta: Delta | View, name: str | None = None) -> Resident:
     """Prepare a delta for serving on `base`, its factors in the base's dtype."""
     view = as_view(delta)
-    out = Resident(name or view.delta.name)
+    out = Resident(name or view.delta.name, view, digest=view.delta.digest)
     for path, actions in Application(base, (view,)).plan.items():
         pairs = [_factors(a) for a in actions]
         if all(p is not None for p in pairs) and actions[0].site.kind == "linear" and not actions[0].site.transposed:

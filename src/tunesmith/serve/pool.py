@@ -64,7 +64,11 @@ class Pool:
     def of(self, owner: Hashable) -> Tensor:
         """The cells of `owner` in the order it took them; empty for a stranger."""
         held = self._owned.get(owner)
-        return torch.cat(held) if held else torch.empty(0, dtype=torch.int64)
+        if not held:
+            return torch.empty(0, dtype=torch.int64)
+        if len(held) > 1:
+            self._owned[owner] = held = [torch.cat(held)]
+        return held[0]
 
     def give_back(self, owner: Hashable) -> int:
         """Free everything `owner` has; gives how many cells that were (0 for a stranger: giving back twice is harmless)."""

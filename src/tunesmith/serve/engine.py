@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: requests for many deltas in one running batch, a token for each at every step.
+
+`step` does one round: it lets waiting requests join (see `admission`), reads a chunk of the prompts that are not read
+yet together with one token of every request that writes, and draws the next tokens. A delta that acts on layers the
+decoder runs is served in the shared batch, whatever its kind; one that acts elsewhere (prompts, whole blocks), or any
+delta on a model that is no Llama, runs by itself on the model's own forward pass, slower, to the same tokens.
+
+Not thread-safe: one thread steps it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.base import Base
+from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
+from tunesmith.core.trace import primary
+from tunesmith.serve.admission import Batch, Counters, Limits, Running, Waiting, admit
+from tunesmith.serve.cache import Cache, Span
+from tunesmith.serve.decoder import Decoder
+from tunesmith.serve.library import Library
+from tunesmith.serve.mixed import Mixture, Resident
+from tunesmith.serve.pool import Pool
+from tunesmith.serve.sampling import Chosen, Row, Sampling, choose
+
+KEPT = 4  # layouts whose stacked factors are kept between steps
+REASONS = ("stop", "length", "cancelled", "error")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tokens to continue, under a delta of the library or none (the base)."""
+
+    id: str
+    prompt: tuple[int, ...]
+    new: int
+    delta: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: frozenset[int] = frozenset()
+    arrived: float = 0.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a request in a step: a token, the end (`reason` one of REASONS), or both."""
+
+    id: str
+    chosen: Chosen | None = None
+    reason: str | None = None
+    error: TunesmithError | None = None
+
+
+@dataclass
+class _Live:
+    """A request in the batch. `cached` tokens of prompt + answer are in its cells."""
+
+    request: Request
+    resident: Resident | None
+    shared: bool
+    answer: list[int] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.request.prompt, *self.answer]
+
+    @property
+    def digest(self) -> str | None:
+        return self.resident.digest if self.resident is not None else None
+
+    @property
+    def due(self) -> int:
+        """Tokens that are not in the cache yet."""
+        return len(self.request.prompt) + len(self.answer) - self.cached
+
+
+class Engine:
+    """Serves one base.
+
+    Args:
+        cells: of the pool; a cached token takes one, and a resident delta as many as its numbers fill.
+        requests: the most in the running batch.
+        chunk: prompt tokens read in one step, so that long prompts do not hold up those who write.
+        policy: who joins first, see `admission.admit`.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        library: Library,
+        *,
+        cells: int = 16384,
+        requests: int = 64,
+        chunk: int = 256,
+        policy: str = "fcfs",
+    ) -> None:
+        if chunk < 1:
+            raise UsageError(f"must be at least 1, got {chunk}", where="chunk")
+        self.base, self.library, self.chunk, self.policy = base, library, chunk, policy
+        self.limits = Limits(cells, requests)
+        self.pool, self.counters = Pool(cells), Counters()
+        self.waiting: list[Request] = []
+        self.live: dict[str, _Live] = {}
+        self.why_slow: str | None = None
+        try:
+            self.decoder: Decoder | None = Decoder.find(base)
+        except UsageError as error:
+            self.decoder, self.why_slow = None, str(error)
+        config = getattr(base.model, "config", None)
+        self.longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        width = 1
+        if self.decoder is not None:
+            d = self.decoder
+            width = len(d.layers) * 2 * d.kv_heads * d.head_dim
+            self.cache = Cache(len(d.layers), cells, d.kv_heads * d.head_dim, base.dtype, base.device)
+        self._numbers = width  # in a cell, over both buffers and all layers
+        self._cells: dict[str, int] = {}  # of deltas, by digest
+        self._mixtures: OrderedDict[tuple[tuple[int, int, int], ...], Mixture] = OrderedDict()
+        self.vocabulary = int(getattr(config, "vocab_size", None) or 1 << 60)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises UsageError for one that can never be served: unknown delta, too long, id in use."""
+        n = len(request.prompt)
+        if request.id in self.live or any(w.id == request.id for w in self.waiting):
+            raise UsageError(f"the id {request.id!r} is in use")
+        if n < 1 or request.new < 1:
+            raise UsageError(f"a request has a prompt and writes something; got {n} and {request.new} tokens")
+        if n + request.new > self.longest:
+            raise UsageError(f"{n} + {request.new} tokens are more than the model's {self.longest}", where="prompt")
+        if not all(0 <= t < self.vocabulary for t in request.prompt):
+            raise UsageError(f"a prompt holds token numbers from 0 to {self.vocabulary - 1}", where="prompt")
+        if not Batch(self.limits, self._cells).could_ever(self._waiting(request)):
+            raise ResourceError(
+                f"{n} + {request.new} tokens and their delta do not fit into {self.limits.cells} cells", where=request.id,
+                hint="ask for fewer tokens, or start the server with more cells",
+            )  # fmt: skip
+        keys = {w.delta: self._waiting(w).delta for w in (*self.waiting, request)}
+        if all(w.delta != request.delta for w in self.waiting):
+            self.counters.arrived(keys[request.delta], {keys[w.delta] for w in self.waiting})
+        self.waiting.append(request)
+
+    def cancel(self, id: str) -> bool:
+        """Take a request out, wherever it is; its cells are free at once. False for a stranger."""
+        before = len(self.waiting)
+        self.waiting = [w for w in self.waiting if w.id != id]
+        live = self.live.pop(id, None)
+        if live is not None:
+            self._leave(live)
+        return live is not None or len(self.waiting) < before
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.live
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """One round; what happened, in the order of the batch. A request that fails does not disturb the others."""
+        events = self._join()
+        shared = [r for r in self.live.values() if r.shared]
+        events += self._shared(shared) if shared else []
+        for r in [r for r in self.live.values() if not r.shared]:
+            events += self._apart(r)
+        return events
+
+    def generate(self, requests: Iterable[Request]) -> dict[str, list[int]]:
+        """Serve requests to their end; the tokens of each answer (a stop token is not among them). Raises their errors."""
+        answers: dict[str, list[int]] = {}
+        for r in requests:
+            self.submit(r)
+            answers[r.id] = []
+        while not self.idle:
+            for event in self.step():
+                if event.error is not None:
+                    raise event.error
+                if event.chosen is not None:
+                    answers[event.id].append(event.chosen.token)
+        return answers
+
+    # joining and leaving
+
+    def _join(self) -> list[Event]:
+        # Tokens that are known but not read yet count as read: a prompt may be read faster than a token a step.
+        running = [
+            Running(r.request.id, len(r.tokens), r.request.new - len(r.answer), r.digest) for r in self.live.values()
+        ]
+        events: list[Event] = []
+        requests, queue = {w.id: w for w in self.waiting}, []
+        for w in self.waiting:
+            try:
+                queue.append(self._waiting(w))
+            except TunesmithError as error:  # its delta was removed or damaged while it waited
+                events.append(Event(w.id, reason="error", error=error))
+                del requests[w.id]
+        for one in admit(queue, running, self.limits, self._cells, policy=self.policy, counters=self.counters):
+            request = requests.pop(one.id)
+            try:
+                held = None if request.delta is None else self.library.acquire(request.delta)
+            except TunesmithError as error:
+                events.append(Event(request.id, reason="error", error=error))
+                continue
+            if held is not None and ("delta", held.digest) not in self.pool.owners():
+                self.pool.take(("delta", held.digest), self._cells[held.digest])
+            self.live[request.id] = _Live(request, held, self._shareable(held))
+        self.waiting = [w for w in self.waiting if w.id in requests]
+        return events
+
+    def _waiting(self, r: Request) -> Waiting:
+        """The request as admission sees it; a delta goes by its digest, so that two versions count as two."""
+        if r.delta is None:
+            return Waiting(r.id, len(r.prompt), r.new, None, r.arrived)
+        entry = self.library.find(r.delta)
+        # The delta as read and its factors beside it; on a model that keeps no cells, a token's worth.
+        numbers = entry.nbytes // 2 if self.decoder is not None else 1
+        self._cells[entry.digest] = max(1, -(-numbers // self._numbers))
+        return Waiting(r.id, len(r.prompt), r.new, entry.digest, r.arrived)
+
+    def _shareable(self, held: Resident | None) -> bool:
+        if self.decoder is None:
+            return False
+        if held is None:
+            return True
+        carriers = {a.carrier for actions in held.other.values() for a in actions}
+        return held.paths <= self.decoder.paths and carriers <= {"weight", "hidden"}
+
+    def _leave(self, r: _Live) -> None:
+        self.pool.give_back(("cache", r.request.id))
+        if r.resident is None:
+            return
+        self.library.release(r.resident)
+        if not any(o.resident is r.resident for o in self.live.values() if o is not r):
+            self.pool.give_back(("delta", r.resident.digest))
+
+    # computing
+
+    def _shared(self, batch: Sequence[_Live]) -> list[Event]:
+        """One pass for every request of the shared batch, those of one delta beside each other."""
+        assert self.decoder is not None
+        order: dict[int, list[_Live]] = {}
+        for r in batch:
+            order.setdefault(id(r.resident), []).append(r)
+        room, taking = self.chunk, []
+        for r in itertools.chain.from_iterable(order.values()):
+            n = 1 if r.due == 1 else min(r.due, room)
+            if n:
+                room -= n if r.due > 1 else 0
+                taking.append((r, n))
+        spans, flat, mix, last, at = [], [], [], [], 0
+        for r, n in taking:
+            self.pool.take(("cache", r.request.id), n)
+            spans.append(Span(self.pool.of(("cache", r.request.id)), r.cached, n))
+            flat += r.tokens[r.cached : r.cached + n]
+            mix.append((r.resident, at, at + n))
+            at += n
+            if n == r.due:
+                last.append((r, at - 1))
+            r.cached += n
+        tokens = torch.tensor(flat, device=self.base.device)
+        h = self.decoder(tokens, self.cache.view(spans), self._mixture(mix))
+        if not last:
+            return []
+        ends = self._mixture([(r.resident, i, i + 1) for i, (r, _) in enumerate(last)])
+        z = self.decoder.logits(h[torch.tensor([i for _, i in last], device=h.device)], ends)
+        return [e for row, (r, _) in zip(z, last, strict=True) for e in self._draw(r, row)]
+
+    def _mixture(self, spans: list[tuple[Resident | None, int, int]]) -> Mixture:
+        """The mixture of these spans; the last few are kept, as a batch that only writes has the same at every step."""
+        key = tuple((id(r), a, b) for r, a, b in spans if r is not None)
+        found = self._mixtures.pop(key, None) or Mixture(spans)
+        self._mixtures[key] = found
+        while len(self._mixtures) > KEPT:
+            self._mixtures.popitem(last=False)
+        return found
+
+    def _apart(self, r: _Live) -> list[Event]:
+        """The next token of one request by the model's own forward pass over all its tokens."""
+        ids = torch.tensor([r.tokens], device=self.base.device)
+        try:
+            with self.base.evaluating(), self.base.using(r.resident.view if r.resident is not None else None):
+                z = primary(self.base.model(input_ids=ids))
+            if z is None:
+                raise UsageError("the model gave no logits", where=self.base.name)
+        except TunesmithError as error:
+            return self._end(r, "error", error)
+        self.pool.take(("cache", r.request.id), r.due)
+        r.cached = len(r.tokens)
+        return self._draw(r, z[0, -1])
+
+    def _draw(self, r: _Live, z: Tensor) -> list[Event]:
+        try:
+            chosen = choose(z[None], [Row(r.request.sampling, r.request.prompt, r.answer)])[0]
+        except TunesmithError as error:
+            return self._end(r, "error", error)
+        self.counters.wrote(r.digest)
+        if chosen.token in r.request.stop:
+            return self._end(r, "stop")
+        r.answer.append(chosen.token)
+        if len(r.answer) >= r.request.new:
+            self.live.pop(r.request.id)
+            self._leave(r)
+            return [Event(r.request.id, chosen, "length")]
+        return [Event(r.request.id, chosen)]
+
+    def _end(self, r: _Live, reason: str, error: TunesmithError | None = None) -> list[Event]:
+        self.live.pop(r.request.id)
+        self._leave(r)
+        return [Event(r.request.id, None, reason, error)]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deltas by name: registered from their headers, read on first use, let go again when memory is short.
+
+Registering reads no tensor, so a library of thousands starts in seconds and its size costs nothing at run time. A delta
+is read, checked against the base and prepared when a request first names it; the least recently used that nobody needs
+goes first. A folder that was written anew is noticed and takes effect for the next request; requests under way finish
+with the delta they began with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core import store
+from tunesmith.core.base import Base
+from tunesmith.core.delta import Delta
+from tunesmith.core.errors import DeltaError, TunesmithError, UsageError, nearest
+from tunesmith.core.header import HEADER
+from tunesmith.serve.mixed import Resident, resident
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered delta: where it is, what its header says, and the stamp of its file."""
+
+    name: str
+    folder: Path
+    digest: str
+    nbytes: int
+    methods: tuple[str, ...]
+    provenance: dict[str, Any]
+    stamp: tuple[int, int]
+
+
+class Library:
+    """The deltas a server knows, and those it holds.
+
+    Args:
+        budget: bytes of prepared deltas to keep; one that is in use or pinned is never let go, so use may exceed it.
+        served: says whether a prepared delta can be served, raising UsageError if not (the engine's business).
+    """
+
+    def __init__(self, base: Base, budget: int, served: Callable[[Resident], None] | None = None) -> None:
+        self.base, self.budget, self.served = base, budget, served
+        self.entries: dict[str, Entry] = {}
+        self.loads = self.evictions = 0
+        self._held: OrderedDict[str, Resident] = OrderedDict()  # by digest, least recently used first
+        self._users: Counter[str] = Counter()
+        self._pinned: set[str] = set()
+
+    def scan(self, root: str | Path) -> list[tuple[Path, TunesmithError]]:
+        """Register every delta in the folders below `root` (`NAME/` or `NAME/delta/`); gives those refused, with why."""
+        refused = []
+        for folder in sorted(p for p in Path(root).iterdir() if p.is_dir()):
+            place = folder if (folder / HEADER).is_file() else folder / "delta"
+            if not (place / HEADER).is_file():
+                continue
+            try:
+                self.register(place, folder.name)
+            except TunesmithError as error:
+                refused.append((place, error))
+        return refused
+
+    def register(self, folder: str | Path, name: str | None = None) -> Entry:
+        """Make a saved delta known. Reads its header only.
+
+        Raises DeltaError for a damaged one, BaseMismatch for one of another base or with parents, UsageError for a name
+        that is taken by another folder.
+        """
+        place = Path(folder)
+        head = store.peek(place)
+        label = name or head["name"]
+        known = self.entries.get(label)
+        if known is not None and known.folder != place:
+            raise UsageError(
+                f"the name {label!r} is taken by {known.folder}", where=str(place), hint="give another name"
+            )
+        facts = head["provenance"]
+        if facts.get("base"):
+            self.base.fingerprint.require_same(facts["base"], label)
+        if facts.get("lineage"):
+            parents = ", ".join(p["name"] for p in facts["lineage"])
+            raise UsageError(f"it is valid on top of {parents} only, and a request names one delta", where=label,
+                             hint="bake or merge the stack into one delta")  # fmt: skip
+        entry = Entry(
+            label, place, head["digest"], head["file"]["bytes"], tuple(p["method"] for p in head["parts"]), facts,
+            _stamp(place),
+        )  # fmt: skip
+        self.entries[label] = entry
+        return entry
+
+    def add(self, delta: Delta, name: str | None = None) -> Entry:
+        """Make a delta in memory known; it is held for good."""
+        ready = self._checked(resident(self.base, delta, name))
+        entry = Entry(
+            ready.name, Path(), delta.digest, delta.nbytes, tuple(p.info.name for p in delta.parts), delta.provenance,
+            (0, 0),
+        )  # fmt: skip
+        self.entries[ready.name] = entry
+        self._held[entry.digest] = ready
+        self._pinned.add(entry.digest)
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Forget a name; requests under way keep what they hold. Raises UsageError for an unknown one."""
+        entry = self.find(name)
+        del self.entries[name]
+        self._pinned.discard(entry.digest)
+
+    def find(self, name: str) -> Entry:
+        """The entry of a name, its header read anew if its file changed. Raises UsageError naming the nearest."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise UsageError(f"there is no delta {name!r}", hint=nearest(name, self.entries))
+        if entry.folder != Path() and entry.stamp != _stamp(entry.folder):
+            self.entries.pop(name)
+            try:
+                return self.register(entry.folder, name)
+            except TunesmithError:
+                self.entries[name] = entry  # a copy that is being written: the old one stays until the new one is whole
+                raise
+        return entry
+
+    def pin(self, name: str, on: bool = True) -> None:
+        """Keep a delta in memory whatever else is used (or no longer)."""
+        digest = self.find(name).digest
+        (self._pinned.add if on else self._pinned.discard)(digest)
+
+    def acquire(self, name: str) -> Resident:
+        """The prepared delta, held until `release`. Raises DeltaError for one that is damaged or has no effect."""
+        entry = self.find(name)
+        ready = self._held.get(entry.digest)
+        if ready is None:
+            delta = store.load(entry.folder, self.base)
+            ready = self._checked(resident(self.base, delta, name))
+            self._held[entry.digest] = ready
+            self.loads += 1
+        self._held.move_to_end(entry.digest)
+        self._users[entry.digest] += 1
+        ready.digest = entry.digest
+        self._shrink()
+        return ready
+
+    def release(self, ready: Resident) -> None:
+        """The holder is done with it."""
+        self._users[ready.digest] -= 1
+        if self._users[ready.digest] <= 0:
+            del self._users[ready.digest]
+        self._shrink()
+
+    def _checked(self, ready: Resident) -> Resident:
+        if not ready.paths:
+            raise DeltaError("it changes nothing", where=ready.name, hint="train it first")
+        if ready.silent():
+            raise DeltaError("every change it makes is zero", where=ready.name, hint="train it first")
+        if self.served is not None:
+            self.served(ready)
+        return ready
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(r.nbytes for r in self._held.values())
+
+    @property
+    def held(self) -> list[str]:
+        """Digests of the deltas in memory, least recently used first."""
+        return list(self._held)
+
+    def _shrink(self) -> None:
+        total = self.held_bytes
+        for digest in list(self._held):
+            if total <= self.budget:
+                return
+            if digest in self._users or digest in self._pinned:
+                continue
+            total -= self._held.pop(digest).nbytes
+            self.evictions += 1
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    try:
+        stat = (folder / HEADER).stat()
+    except OSError as error:
+        raise DeltaError(f"it is gone ({error.strerror})", where=str(folder)) from None
+    return stat.st_mtime_ns, stat.st_size
