@@ -129,7 +129,8 @@ def _answer(
 ) -> str:  # fmt: skip
     """One answer in the layout stored with the delta; `write` gets the text as it is made."""
     from tunesmith.data import prompt_ids
-    from tunesmith.evaluate.generate import decode, layout_for, stop_ids_for, stream
+    from tunesmith.data.layout import layout_for, stop_ids_for
+    from tunesmith.evaluate.generate import decode, stream
 
     info = layout_for(base, view, settings["system"])
     ids = prompt_ids(messages, base.tokenizer, info.system, info.template)
@@ -194,7 +195,7 @@ def _result(base: Base, view: View | None, turns: list[dict[str, Any]], before: 
     import torch
 
     from tunesmith.core import store
-    from tunesmith.evaluate.generate import layout_for, stop_ids_for
+    from tunesmith.data.layout import layout_for, stop_ids_for
 
     if not torch.equal(before, base.probe_outputs()):
         raise DeltaError("the base answers otherwise than before the conversation", where=base.name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from tunesmith.core import apply
 from tunesmith.core.base import Base
-from tunesmith.core.delta import Delta, View, as_view, site_seed
+from tunesmith.core.delta import Delta, View, site_seed
 from tunesmith.core.errors import DeltaError, UsageError
 from tunesmith.core.trace import primary
-from tunesmith.data import TemplateInfo, prompt_ids, template_info
+from tunesmith.data import prompt_ids
+from tunesmith.data.layout import layout_for, stop_ids_for
 
 Progress = Callable[[int, int], None]
 WORTH = 8  # common first tokens that are worth a pass of their own
@@ -89,27 +90,6 @@ def chat(
             seed=seed,
         )  # fmt: skip
         return decode(base.tokenizer, list(new)).strip()
-
-
-def layout_for(base: Base, delta: Delta | View | None = None, system: str | None = None) -> TemplateInfo:
-    """The chat layout to use: the one stored with the delta, else the tokenizer's. `system` overrides the stored one.
-
-    Raises UsageError for a base without a tokenizer, DataError for a damaged record.
-    """
-    if base.tokenizer is None:
-        raise UsageError(f"{base.name} has no tokenizer, so it cannot read or write text")
-    stored = as_view(delta).delta.layout.get("template") if delta is not None else None
-    info = TemplateInfo.from_dict(stored) if stored else None
-    if info is None or not info.template:
-        return template_info(base.tokenizer, system=system)
-    return info if system is None else replace(info, system=system)
-
-
-def stop_ids_for(base: Base, info: TemplateInfo) -> tuple[int, ...]:
-    """Every token that ends an answer: those of the layout and those the model itself names."""
-    own = getattr(getattr(base.model, "generation_config", None), "eos_token_id", None)
-    named = [own] if isinstance(own, int) else list(own or [])
-    return tuple(sorted({*info.stop_ids, *(int(i) for i in named)}))
 
 
 # The loop

@@ -23,15 +23,14 @@ from tunesmith.core.features import features
 from tunesmith.core.trace import primary
 from tunesmith.data import IGNORED, Dataset, collate, encode, preference_sides, prompt_ids
 from tunesmith.data.images import normalised
+from tunesmith.data.layout import layout_for, stop_ids_for
 from tunesmith.evaluate.generate import (
     Cached,
     accepted,
     can_cache,
     decode,
     generate,
-    layout_for,
     require_writer,
-    stop_ids_for,
 )
 
 Progress = Callable[[int, int], None]
