@@ -26,6 +26,7 @@ from tunesmith.cli import (
     plan,
     preview,
     recommend,
+    serve,
     show,
     study,
     tune,
@@ -48,7 +49,7 @@ app = typer.Typer(
     ),
 )
 VERBS = (
-    demo, tune, evaluate, compare, recommend, chat, plan, preview, show, list_, verify, merge, exchange, methods, study,
+    demo, tune, evaluate, compare, recommend, chat, serve, plan, preview, show, list_, verify, merge, exchange, methods, study,
     doctor,
 )  # fmt: skip
 for _verb in VERBS:

@@ -4,7 +4,7 @@
 Registering reads no tensor, so a library of thousands starts in seconds and its size costs nothing at run time. A delta
 is read, checked against the base and prepared when a request first names it; the least recently used that nobody needs
 goes first. A folder that was written anew is noticed and takes effect for the next request; requests under way finish
-with the delta they began with.
+with the delta they began with. Entries may be read from any thread; everything else is one thread's.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Entry:
     nbytes: int
     methods: tuple[str, ...]
     provenance: dict[str, Any]
+    layout: dict[str, Any]
     stamp: tuple[int, int]
 
 
@@ -88,7 +89,7 @@ class Library:
                              hint="bake or merge the stack into one delta")  # fmt: skip
         entry = Entry(
             label, place, head["digest"], head["file"]["bytes"], tuple(p["method"] for p in head["parts"]), facts,
-            _stamp(place),
+            head["layout"], _stamp(place),
         )  # fmt: skip
         self.entries[label] = entry
         return entry
@@ -98,7 +99,7 @@ class Library:
         ready = self._checked(resident(self.base, delta, name))
         entry = Entry(
             ready.name, Path(), delta.digest, delta.nbytes, tuple(p.info.name for p in delta.parts), delta.provenance,
-            (0, 0),
+            delta.layout, (0, 0),
         )  # fmt: skip
         self.entries[ready.name] = entry
         self._held[entry.digest] = ready
@@ -117,12 +118,7 @@ class Library:
         if entry is None:
             raise UsageError(f"there is no delta {name!r}", hint=nearest(name, self.entries))
         if entry.folder != Path() and entry.stamp != _stamp(entry.folder):
-            self.entries.pop(name)
-            try:
-                return self.register(entry.folder, name)
-            except TunesmithError:
-                self.entries[name] = entry  # a copy that is being written: the old one stays until the new one is whole
-                raise
+            return self.register(entry.folder, name)
         return entry
 
     def pin(self, name: str, on: bool = True) -> None:
@@ -163,7 +159,7 @@ class Library:
 
     @property
     def held_bytes(self) -> int:
-        return sum(r.nbytes for r in self._held.values())
+        return sum(r.nbytes for r in self._held.copy().values())
 
     @property
     def held(self) -> list[str]:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of the OpenAI-compatible API. A field that is not known is refused: nothing asked for is skipped silently."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.serve.sampling import MOST_LOGPROBS, Sampling
+
+Text = Annotated[str, Field(max_length=1_000_000)]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Part(_Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _Common(_Strict):
+    model: Name
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        None
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=8)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+    def stops(self) -> list[str]:
+        return [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    def sampling(self, seed: int, logprobs: int) -> Sampling:
+        def given(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        return Sampling(
+            temperature=given(self.temperature, 1.0), top_p=given(self.top_p, 1.0), top_k=given(self.top_k, 0),
+            min_p=given(self.min_p, 0.0), repetition=given(self.repetition_penalty, 1.0),
+            presence=given(self.presence_penalty, 0.0), frequency=given(self.frequency_penalty, 0.0),
+            seed=given(self.seed, seed), logprobs=logprobs, bias={int(k): v for k, v in (self.logit_bias or {}).items()},
+        )  # fmt: skip
+
+
+class ChatRequest(_Common):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+
+class CompletionRequest(_Common):
+    prompt: Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1_000_000)]
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = False
+
+
+class LoadRequest(_Strict):
+    """Make a saved delta known, below the folder the server was started with."""
+
+    name: Name
+    folder: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class PinRequest(_Strict):
+    on: bool = True
