@@ -88,7 +88,9 @@ def revive(
                 with base.evaluating(), torch.enable_grad():
                     value = loss(base, batches[step % len(batches)])
                 if not bool(torch.isfinite(value)):
-                    raise TrainingError(f"the loss is {float(value)} at step {step + 1}", hint="use a smaller rate")
+                    raise TrainingError(
+                        f"the loss is {float(value.detach())} at step {step + 1}", hint="use a smaller rate"
+                    )
                 value.backward()
                 optimiser.step()
             done = look
