@@ -57,7 +57,7 @@ class TinyGPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, out)
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=0.02 if vocab else m.in_features**-0.5)
+                nn.init.normal_(m.weight, std=0.02 if vocab else (3 * m.in_features) ** -0.5)
                 nn.init.zeros_(m.bias)
 
     def forward(self, x: Tensor) -> Tensor:
