@@ -107,6 +107,25 @@ def names_in(cls: Any) -> set[str]:
     return out
 
 
+def test_every_key_of_a_comparison_is_described() -> None:
+    from tunesmith.arena import report as arena
+
+    said = {name for key, _ in rows("formats.md", "compare") for name in ticked(key)}
+    assert set(arena._KEYS) <= said
+    assert arena.FORMAT in DOCS["formats.md"]
+
+
+def test_what_a_method_may_collect_from_data_is_described() -> None:
+    from tunesmith.core import sample
+    from tunesmith.train.surgery import Now
+
+    text = DOCS["write-a-method.md"]
+    for name in ("look", "inputs", "second_moments", "gradients"):
+        assert callable(getattr(sample, name)) and f"`{name}(" in text
+    assert all(f"sample.{name}" in text for name in ("trained", "of", "read") if hasattr(sample.Sample, name))
+    assert callable(Now.slow) and "`now.slow(factor)`" in text
+
+
 def test_every_field_of_a_receipt_is_described() -> None:
     table = rows("formats.md", "receipt")
     assert [ticked(r[0])[0] for r in table] == [f.name for f in dataclasses.fields(receipt.Receipt)]
