@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from compose_cases import FORMS, dense, form, moved
+from compose_cases import FORMS, dense, form, gap, moved
 
 import tunesmith as ts
 from tunesmith.compose import DeltaChanges, compress, merge, negate, scale, subtract
@@ -171,6 +172,31 @@ def test_bias_alone_and_norms_are_held_by_registered_methods() -> None:
     assert {p.info.name for p in made.parts} == {"bitfit", "full"}
     want = folded_change(LM, bias, norms)
     assert all(torch.allclose(w, folded_change(LM, made)[k], atol=1e-6) for k, w in want.items())
+
+
+def test_on_a_packed_base_and_out_to_peft(tmp_path: Path) -> None:
+    """A base of 4-bit layers takes merges as any other; a merge of LoRAs is an adapter that PEFT can read."""
+    packed = ts.derive.quantise(toys()[0], bits=4)
+    low, plain = moved(packed, "lora", {"rank": 2}), moved(packed, "full", {"targets": SITE}, 1)
+    rows, made = dense(packed, low, plain), merge(packed, [low, plain], "ties:density=0.5")
+    with packed.using(made):
+        out = packed.probe_outputs()
+    assert torch.allclose(packed.merged(made).probe_outputs(), out, atol=1e-4)
+    assert set(dense(packed, made)) == set(rows)
+    made = merge(LM, [moved(LM, "lora", {"rank": 2}), moved(LM, "lora", {"rank": 1}, 1)], weights=[1, 2])
+    export = importlib.import_module("tunesmith.export.peft")
+    export.write_peft(made, LM, tmp_path / "peft")
+    again = export.read_peft(tmp_path / "peft", LM)
+    assert gap(dense(LM, again), dense(LM, made)) < 1e-6
+
+
+def test_half_precision_bases_are_combined_in_fp32() -> None:
+    base = Base(copy.deepcopy(LM.model).to(torch.bfloat16), example=LM.probe())
+    a, b = moved(base, "dora", {"rank": 2}), moved(base, "full", {}, 1)
+    for method in ("linear", "ties", "slerp", "pcb"):
+        made = merge(base, [a, b], method)
+        assert {t.dtype for _, t in made.items() if t.is_floating_point()} == {torch.float32}
+        assert bool(torch.isfinite(base.merged(made).probe_outputs()).all())
 
 
 # Linear combinations: uniform soup, task arithmetic
