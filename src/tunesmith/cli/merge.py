@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import typer
 from tunesmith.cli.output import Debug, Device, Json, Model, Result, amount, cells, examples, table, visible
 from tunesmith.cli.places import delta_folder, load_base
 from tunesmith.cli.verify import gap_check
+from tunesmith.core import landing
 from tunesmith.core.errors import DeltaError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from tunesmith.core.delta import Delta
 
 HELP = examples("tunesmith merge demo --into merged", "tunesmith merge runs/demo/delta --into merged --json")
-RECORD = "tunesmith_merge.json"
-FORMAT = "tunesmith-merge/1"
 
 
 def attach(app: typer.Typer) -> None:
@@ -53,7 +51,7 @@ def merge(
     from tunesmith.core import store
     from tunesmith.core.delta import Delta
 
-    target = _free(into)
+    target = landing.free(into)
     folder = delta_folder(delta)
     head = store.peek(folder)
     base = load_base(folder, head, model, device, exact=True)
@@ -75,7 +73,7 @@ def merge(
                 f"the folder, loaded again, is not base + delta: {found.detail}", where=str(into),
                 hint="nothing was written; in a coarser dtype a small delta is lost in rounding",
             )  # fmt: skip
-        _publish(fresh, target)
+        landing.publish(fresh, target)
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir()) if p.is_file()}
 
     def view(console: Console) -> None:
@@ -96,29 +94,6 @@ def merge(
 
 def _largest(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) if a.shape == b.shape else float(a.double().abs().max())
-
-
-def _free(into: Path) -> Path:
-    """The folder to write. Raises UsageError for a file, or a folder with anything but an earlier merge in it."""
-    target = Path(os.path.abspath(into.expanduser()))
-    if not target.name:
-        raise UsageError("is no folder a model can be written to", where=str(into))
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
-        raise UsageError("is not a folder", where=str(into), hint="choose another name")
-    if target.is_dir() and any(target.iterdir()) and not _is_merge(target):
-        hint = "choose another folder, or empty this one"
-        raise UsageError("holds something that no merge wrote, so it is not overwritten", where=str(into), hint=hint)
-    return target
-
-
-def _is_merge(folder: Path) -> bool:
-    """Whether everything in the folder was written by an earlier merge."""
-    try:
-        record = json.loads((folder / RECORD).read_bytes()[: 1 << 20])
-        ours = set(record["files"]) | {RECORD} if record.get("format") == FORMAT else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-    return {p.name for p in folder.iterdir()} <= ours
 
 
 def _require_mergeable(base: Base, delta: Delta) -> None:
@@ -148,12 +123,12 @@ def _write(merged: Base, delta: Delta, base: Base, fresh: Path) -> None:
         raise ResourceError("no safetensors file was written", where=str(fresh))
     made = sorted(p.name for p in fresh.iterdir())
     record = {
-        "format": FORMAT, "files": made, "base": base.name, "base_digest": base.fingerprint.digest, "delta": delta.name,
+        "format": landing.FORMAT, "files": made, "base": base.name, "base_digest": base.fingerprint.digest, "delta": delta.name,
         "delta_digest": delta.digest, "methods": [p.info.name for p in delta.parts],
     }  # fmt: skip
-    (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (fresh / landing.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for file in fresh.iterdir():
-        file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        file.chmod(0o666 & ~landing.umask())  # safetensors writes for the owner alone
 
 
 def _takes_format(model: Any) -> bool:
@@ -197,26 +172,3 @@ def _scratch(target: Path) -> Iterator[Path]:
 def _missing_parents(target: Path) -> list[Path]:
     """Folders above the target that do not exist yet, deepest first."""
     return [p for p in target.parents if not p.exists()]
-
-
-def _publish(fresh: Path, target: Path) -> None:
-    """Give the finished folder its name; an earlier merge there goes only once the new one has taken its place."""
-    os.chmod(fresh, 0o777 & ~_umask())
-    if not target.exists():
-        os.rename(fresh, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.old.", dir=target.parent))
-    os.rename(target, aside / "was")
-    try:
-        os.rename(fresh, target)
-    except OSError:
-        os.rename(aside / "was", target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
