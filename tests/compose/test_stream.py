@@ -316,3 +316,27 @@ def test_progress_ends_at_the_total(make: Make, tmp_path: Path) -> None:
     )
     total = sum(t.numel() * 4 for t in w.values())
     assert seen[-1] == (total, total) and [d for d, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_memory_is_that_of_a_few_tensors(make: Make, tmp_path: Path) -> None:
+    """96 MiB a model in tensors of 4 MiB: reading, computing and writing together hold a dozen of those."""
+    size = (1024, 1024)
+    base = {f"layers.{i}.w.weight": torch.full(size, float(i)) for i in range(24)}
+    folders = [make("base", base), make("a", {n: t + 1 for n, t in base.items()})]
+    del base
+    code = f"""
+import torch
+from tunesmith.core.memory import peak_memory
+from tunesmith.compose.stream import merge_folders
+from tunesmith.core.algebra import Dense
+torch.set_num_threads(1)
+class First:
+    def combine(self, at, changes, weights, now):
+        return Dense(changes[0].dense())
+before = peak_memory(torch.device("cpu"))
+merge_folders({str(folders[0])!r}, [{str(folders[1])!r}], First(), None, {str(tmp_path / "out")!r})
+print(peak_memory(torch.device("cpu")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 << 20
