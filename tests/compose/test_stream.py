@@ -319,9 +319,9 @@ def test_progress_ends_at_the_total(make: Make, tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_a_few_tensors(make: Make, tmp_path: Path) -> None:
-    """96 MiB a model in tensors of 4 MiB: reading, computing and writing together hold a dozen of those."""
+    """160 MiB a model in tensors of 4 MiB: three models never are in memory, nor one of them."""
     size = (1024, 1024)
-    base = {f"layers.{i}.w.weight": torch.full(size, float(i)) for i in range(24)}
+    base = {f"layers.{i}.w.weight": torch.full(size, float(i)) for i in range(40)}
     folders = [make("base", base), make("a", {n: t + 1 for n, t in base.items()})]
     del base
     code = f"""
@@ -339,4 +339,4 @@ print(peak_memory(torch.device("cpu")) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 64 << 20
+    assert int(done.stdout) < 120 << 20

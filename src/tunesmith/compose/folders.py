@@ -12,7 +12,7 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +258,12 @@ class FolderChanges:
             raise UsageError("there is nothing to combine", hint="give at least one model folder beside the base")
         self.base = base if isinstance(base, ModelFolder) else ModelFolder(base)
         self.folders = [f if isinstance(f, ModelFolder) else ModelFolder(f) for f in folders]
-        self.names = _unique([f.name for f in self.folders])
+        # of the values, so that they do not depend on the order of the folders
+        self.names = _unique([f"{f.name}:{f.digest[:16]}" for f in self.folders])
         self.plan = vocabulary
         self._keep: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
-        self.tied_copies: dict[str, list[str]] = {}
+        self.tied_copies: dict[int, list[str]] = {}
         if vocabulary is not None:
             vocabulary.check(len(self.folders))
         for i, f in enumerate(self.folders):
@@ -300,7 +301,7 @@ class FolderChanges:
             if not self._is_tied_copy(folder, name):
                 what = f"has the tensor {name[:120]!r}, which the base {self.base.path} lacks"
                 raise UsageError(what, where=where, hint=nearest(name, own))
-            self.tied_copies.setdefault(self.names[i], []).append(name)
+            self.tied_copies.setdefault(i, []).append(name)
 
     def _is_tied_copy(self, folder: ModelFolder, name: str) -> bool:
         """Whether a tensor that the base lacks is a second copy of the token table: a head saved beside what it is tied to."""
@@ -314,10 +315,10 @@ class FolderChanges:
     def place(self, name: str) -> Place:
         """The place of one of the base's tensors; its shape is the base's, or the aligned one."""
         path, _, last = name.rpartition(".")
-        return Place(
-            path, last, self.shape(name), self.base.kind(name), self.base.depth(name), max(1, self.base.blocks[1]),
-            lambda: self.base_value(name),
-        )  # fmt: skip
+        depth = self.base.depth(name)
+        of = self.base.blocks[1] if depth is not None else 1
+        value = partial(self.base_value, name)
+        return Place(path, last, self.shape(name), kind=self.base.kind(name), depth=depth, of=of, base=value)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor in the result."""

@@ -376,11 +376,11 @@ class _Job:
         changes, base = self.changes, self.changes.base
         sources = [
             {
-                "name": name, "digest": f.digest, "weight": w, "bytes": f.nbytes,
+                "name": f.name, "digest": f.digest, "weight": w, "bytes": f.nbytes,
                 "config_differences": config_differences(base.config, f.config),
-                "tied_copies_left_out": changes.tied_copies.get(name, []),
+                "tied_copies_left_out": changes.tied_copies.get(i, []),
             }
-            for name, f, w in zip(changes.names, changes.folders, self.weights, strict=True)
+            for i, (f, w) in enumerate(zip(changes.folders, self.weights, strict=True))
         ]  # fmt: skip
         proof = {
             "tensors": len(base.tensors), "entries": tally.entries, "largest_change": tally.largest,
