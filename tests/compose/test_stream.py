@@ -41,7 +41,7 @@ class Plus:
 class Levelled(Plus):
     """As `Plus`, divided by the largest entry of any change, which a survey finds."""
 
-    def survey(self, changes: Changes, weights: Sequence[float]) -> float:
+    def survey(self, changes: Changes, weights: Sequence[float], now: Now) -> float:
         return max(float(c.dense().abs().max()) for p in changes.places() for c in changes.at(p) if c is not None)
 
     def combine(self, at: Place, changes: Sequence[Update | None], weights: Sequence[float], now: Now) -> Update | None:
@@ -118,6 +118,16 @@ def test_transformers_loads_the_result(tmp_path: Path) -> None:
     base, other, got = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (*folders, tmp_path / "out"))
     for n, t in base.items():
         assert torch.allclose(got[n], (t + other[n]) / 2, atol=1e-6), n
+
+
+def test_a_source_of_weight_zero_has_no_say(make: Make, tmp_path: Path) -> None:
+    base, folders, (w, a, _) = three(make)
+    found = merge_folders(base, folders, Plus(), [1.0, 0.0], tmp_path / "out")
+    for n, t in read_all(tmp_path / "out").items():
+        assert torch.equal(t, w[n] + (a[n] - w[n]))
+    assert [s["weight"] for s in found.record["sources"]] == [1.0, 0.0]
+    with pytest.raises(UsageError, match="equals the base"):
+        merge_folders(base, folders, Plus(), [0, 0], tmp_path / "x")
 
 
 def test_a_combiner_with_a_survey_sees_everything_first(make: Make, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tunesmith.compose.journal import Journal
 from tunesmith.compose.vocabulary import TOKENIZER, VocabularyPlan, with_new_tokens
 from tunesmith.core import landing
 from tunesmith.core.algebra import Update
-from tunesmith.core.combine import COMBINERS, Now, Place
+from tunesmith.core.combine import COMBINERS, Chosen, Now, Place
 from tunesmith.core.errors import ResourceError, UsageError, nearest
 from tunesmith.core.registry import config as options_of
 from tunesmith.core.tensorfile import TensorWriter, disk, nbytes_of, read_header, read_tensor
@@ -120,22 +120,29 @@ def merge_folders(
         raise UsageError(f"unknown dtype {dtype!r}", hint=nearest(dtype, DTYPES))
     if shard_bytes < 1:
         raise UsageError(f"shard_bytes must be at least 1, not {shard_bytes}")
+    given = checked_weights(weights, len(folders), getattr(how, "info", None))
     changes = FolderChanges(base, folders, vocabulary=vocabulary, mixed=dtype is not None)
     try:
         _not_a_source(target, changes)
-        job = _Job(changes, how, checked_weights(weights, len(changes.folders)), dtype, seed, shard_bytes)
+        job = _Job(changes, how, given, dtype, seed, shard_bytes)
         return job.run(target, resume, progress or (lambda *_: None))
     finally:
         changes.close()
 
 
-def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One finite weight a source, 1 each by default. Raises UsageError."""
+def checked_weights(weights: Sequence[float] | None, count: int, info: Any = None) -> list[float]:
+    """One finite weight a source, 1 each by default, and no more sources than the combiner takes. Raises UsageError."""
     out = [1.0] * count if weights is None else [float(w) for w in weights]
     if len(out) != count:
         raise UsageError(f"{len(out)} weights for {count} sources", hint="give one weight a source, in their order")
     if any(w != w or abs(w) == float("inf") for w in out):
         raise UsageError("a weight must be finite", where=str(out))
+    most = info.facts.get("most") if info is not None else None
+    used = sum(w != 0 for w in out)
+    if most is not None and used > most:
+        raise UsageError(
+            f"{info.name} takes {most} sources, got {used}", hint="merge two, then the result with the next"
+        )
     return out
 
 
@@ -151,9 +158,11 @@ class _Job:
     def __init__(
         self, changes: FolderChanges, how: Any, weights: list[float], dtype: str | None, seed: int, shard_bytes: int
     ) -> None:
-        self.changes, self.how, self.weights, self.seed = changes, how, weights, seed
+        self.changes, self.how, self.given, self.seed = changes, how, weights, seed
+        self.used = Chosen(changes, [i for i, w in enumerate(weights) if w != 0])  # a source of weight 0 has no say
+        self.weights = [w for w in weights if w != 0]
         self.dtype = DTYPES[dtype] if dtype else None
-        self.now = Now(seed)
+        self.now = Now(seed, names=tuple(self.used.names))
         info = getattr(how, "info", None)
         self.how_name = info.name if info is not None else f"{type(how).__module__}.{type(how).__qualname__}"
         self.how_options = options_of(how) if info is not None else {k: repr(v) for k, v in sorted(vars(how).items())}
@@ -191,7 +200,7 @@ class _Job:
         sources = [[f.digest, f.stamp] for f in (self.changes.base, *self.changes.folders)]
         plan = self.changes.plan
         body = [
-            sources, self.how_name, self.how_options, self.weights, str(self.dtype), self.seed, self.shards,
+            sources, self.how_name, self.how_options, self.given, str(self.dtype), self.seed, self.shards,
             None if plan is None else [plan.base_index, plan.index, plan.missing, plan.new_tokens],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
@@ -203,7 +212,8 @@ class _Job:
         try:
             resumed = len(journal.done)
             if hasattr(self.how, "survey") and resumed < len(self.shards):
-                self.now = Now(self.seed, self.how.survey(self.changes, self.weights))
+                surveyed = self.how.survey(self.used, self.weights, self.now)
+                self.now = replace(self.now, surveyed=surveyed)
             done, tally = 0, _Tally()
             for file, names in self.shards.items():
                 entry = journal.done.get(file)
@@ -274,7 +284,7 @@ class _Job:
         if not self.changes.base.tensors[name].dtype.is_floating_point:
             return _Read(self.changes.base.read(name))
         place = self.changes.place(name)
-        changes = self.changes.at(place)
+        changes = self.used.at(place)
         return _Read(self.changes.base_value(name), place, changes)
 
     def _combine(self, name: str, read: _Read) -> tuple[Tensor, _Tally]:
@@ -282,7 +292,8 @@ class _Job:
         base, out = read.base, self._out(name)
         if read.place is None:
             return base, _Tally()
-        change = self.how.combine(read.place, read.changes, self.weights, self.now)
+        still = all(c is None for c in read.changes)
+        change = None if still else self.how.combine(read.place, read.changes, self.weights, self.now)
         n = base.numel()
         if change is None or not n:
             return base.to(out), _Tally(n, n, n)
@@ -380,7 +391,7 @@ class _Job:
                 "config_differences": config_differences(base.config, f.config),
                 "tied_copies_left_out": changes.tied_copies.get(i, []),
             }
-            for i, (f, w) in enumerate(zip(changes.folders, self.weights, strict=True))
+            for i, (f, w) in enumerate(zip(changes.folders, self.given, strict=True))
         ]  # fmt: skip
         proof = {
             "tensors": len(base.tensors), "entries": tally.entries, "largest_change": tally.largest,
