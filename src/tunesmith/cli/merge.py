@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tunesmith merge`: one delta folded into a full Hugging Face folder, which is read back before it counts."""
+"""`tunesmith merge`: a delta folded into a full Hugging Face folder, or several sources combined into one."""
 
 from __future__ import annotations
 
@@ -26,36 +26,99 @@ if TYPE_CHECKING:
     from tunesmith.core.base import Base
     from tunesmith.core.delta import Delta
 
-HELP = examples("tunesmith merge demo --into merged", "tunesmith merge runs/demo/delta --into merged --json")
+HELP = examples(
+    "tunesmith merge demo --into merged",
+    "tunesmith merge poems sums --method ties:density=0.2 --weights 0.5,0.3 --into both",
+    "tunesmith merge tuned-a tuned-b --model base --method linear --weights 0.5,0.5 --into soup --json",
+)
 
 
 def attach(app: typer.Typer) -> None:
-    app.command("merge", epilog=HELP, short_help="Write base + delta as a plain model folder")(merge)
+    app.command("merge", epilog=HELP, short_help="Fold a delta into its base, or combine deltas or models")(merge)
 
 
 def merge(
-    delta: Annotated[str, typer.Argument(metavar="DELTA", help="A delta's folder, a run's folder or a run's name.")],
-    into: Annotated[Path, typer.Option("--into", metavar="FOLDER", help="The model folder to write.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Deltas (folders, runs or names), or model folders.")
+    ],
+    into: Annotated[Path, typer.Option("--into", metavar="FOLDER", help="The folder to write.")],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME[:OPTIONS]", help="How to combine: see 'methods --family combiners'."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W,...", help="One a source; 1 for all by default.")
+    ] = None,
+    write_as: Annotated[
+        str | None, typer.Option("--as", metavar="FORM", help="delta or model. [default: delta for several deltas]")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of combiners that draw at random.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAME", help="Model folders: what to write, when theirs differ.")
+    ] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option("--vocabulary", metavar="WHOSE", help="Model folders: match tokens; base or union.")
+    ] = None,
+    missing: Annotated[
+        str, typer.Option("--missing", metavar="ROWS", help="Rows of tokens a model lacks: base, mean or zero.")
+    ] = "base",
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Model folders: largest file, as 500MB or 5GB.")
+    ] = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Model folders: go on with a merge that was cut short.")
+    ] = True,
     model: Model = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Write base + delta as a plain model folder: safetensors, tokenizer, generation settings. No tunesmith needed.
+    """Fold one delta into its base, or combine several deltas, or several models.
 
-    The folder is loaded again before it takes its name, and must give the outputs of the applied delta and not those of
-    the base. A folder that holds anything but an earlier merge is never overwritten.
+    One delta without --method becomes a plain model folder that needs no tunesmith: safetensors, tokenizer, generation
+    settings. It is loaded again before it takes its name, and must give the outputs of the applied delta and not those of
+    the base. Several sources need a --method; model folders are read and written tensor by tensor against the base given
+    with --model. A folder that holds anything but an earlier merge is never overwritten.
     """
-    import torch
+    from tunesmith.cli import merging
 
+    form = merging.checked_form(write_as)
+    if merging.are_models(sources):
+        how = merging.Models(dtype, vocabulary, missing, shard_size, resume)
+        return merging.merge_models(sources, into, method, weights, form or "model", seed, model, how)
+    if dtype or vocabulary:
+        raise UsageError("--dtype and --vocabulary are for model folders, not for deltas")
+    if len(sources) == 1 and method is None:
+        if weights is not None or form == "delta":
+            hint = "'tunesmith scale DELTA 0.5 --to FOLDER' writes a delta at another strength"
+            raise UsageError("one delta has nothing to be combined with", where="--weights or --as delta", hint=hint)
+        target = landing.free(into)
+        folder = delta_folder(sources[0])
+        base = load_base(folder, store_peek(folder), model, device, exact=True)
+        return write_model(base, _loaded(folder, base), target, into)
+    base, merged = merging.merge_deltas(sources, method, weights, seed, model, device)
+    if form == "model":
+        return write_model(base, merged, landing.free(into), into)
+    return merging.write_delta(base, merged, into, "merged")
+
+
+def store_peek(folder: Path) -> dict[str, Any]:
+    """The checked header of a delta folder."""
     from tunesmith.core import store
+
+    return store.peek(folder)
+
+
+def _loaded(folder: Path, base: Base) -> Delta:
     from tunesmith.core.delta import Delta
 
-    target = landing.free(into)
-    folder = delta_folder(delta)
-    head = store.peek(folder)
-    base = load_base(folder, head, model, device, exact=True)
-    loaded = Delta.load(folder, base)
+    return Delta.load(folder, base)
+
+
+def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
+    """Fold a delta into its base and write a model folder, proved by loading it again."""
+    import torch
+
     _require_mergeable(base, loaded)
     before = base.probe_outputs()
     with base.using(loaded):
