@@ -96,10 +96,10 @@ def merge(
         folder = delta_folder(sources[0])
         base = load_base(folder, store_peek(folder), model, device, exact=True)
         return write_model(base, _loaded(folder, base), target, into)
-    base, merged = merging.merge_deltas(sources, method, weights, seed, model, device)
+    base, merged, deltas = merging.merge_deltas(sources, method, weights, seed, model, device)
     if form == "model":
         return write_model(base, merged, landing.free(into), into)
-    return merging.write_delta(base, merged, into, "merged")
+    return merging.write_delta(base, merged, into, "merged", deltas)
 
 
 def store_peek(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.core.delta import Delta
 
 FORMS = ("delta", "model")
+CANCELLED = 1e-5  # of the largest effect of a source: what is left of it after that is rounding
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -185,13 +186,13 @@ def _bar(what: str) -> Callable[[int, int, str], None] | None:
 
 def merge_deltas(
     sources: Sequence[str], method: str | None, weights: str | None, seed: int, model: str | None, device: str
-) -> tuple[Base, Delta]:
-    """The base of all sources, and their combination."""
+) -> tuple[Base, Delta, list[Delta]]:
+    """The base of all sources, their combination, and the sources."""
     from tunesmith.compose import merge
 
     how, given = chosen_method(method), parsed_weights(weights, len(sources))
     base, deltas = load_deltas(sources, model, device)
-    return base, merge(base, deltas, how, weights=given, seed=seed)
+    return base, merge(base, deltas, how, weights=given, seed=seed), deltas
 
 
 def load_deltas(sources: Sequence[str], model: str | None, device: str) -> tuple[Base, list[Delta]]:
@@ -210,21 +211,27 @@ def _free(to: Path) -> None:
         raise UsageError("is there already", where=str(to), hint="choose a new folder, or empty this one")
 
 
-def write_delta(base: Base, delta: Delta, to: Path, verb: str, **more: Any) -> Result:
+def write_delta(base: Base, delta: Delta, to: Path, verb: str, sources: Sequence[Delta] = (), **more: Any) -> Result:
     """Save a delta, read it back, and prove that it has the outputs of the one in memory.
 
-    Raises DeltaError for one that changes nothing or is read back otherwise.
+    Raises DeltaError for one that changes nothing, or nothing but rounding where `sources` cancel, or is read back
+    otherwise.
     """
     from tunesmith.core.delta import Delta
     from tunesmith.core.store import save
 
     _free(to)
     before = base.probe_outputs()
-    with base.using(delta):
-        want = base.probe_outputs()
-    effect = float((want - before).abs().max())
-    if effect == 0:
-        raise DeltaError("the result changes nothing", where=delta.name, hint="other weights or options may leave more")
+
+    def moved(d: Delta) -> tuple[Any, float]:
+        with base.using(d):
+            out = base.probe_outputs()
+        return out, float((out - before).abs().max())
+
+    want, effect = moved(delta)
+    if effect <= CANCELLED * max((moved(d)[1] for d in sources), default=0.0):
+        hint = "the sources cancel, or other weights and options would leave more"
+        raise DeltaError("the result changes nothing", where=delta.name, hint=hint)
     delta.name = to.resolve().name
     saved = save(delta, to, base=base)
     with base.using(Delta.load(to, base)):

@@ -66,4 +66,4 @@ def subtract(
     from tunesmith.compose import subtract as difference
 
     base, (a, b) = load_deltas([first, second], model, device)
-    return write_delta(base, difference(base, a, b), to, "subtracted")
+    return write_delta(base, difference(base, a, b), to, "subtracted", [a, b])
