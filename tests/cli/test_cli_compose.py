@@ -171,3 +171,15 @@ def test_sizes(text: str, size: int) -> None:
     from tunesmith.cli.merging import parsed_size
 
     assert parsed_size(text) == size
+
+
+def test_combiners_are_listed_with_their_options(run: Run) -> None:
+    rows = {r["name"]: r for r in run("methods", "--family", "combiners", "--json").json["combiners"]}
+    assert {"linear", "ties"} <= set(rows)
+    assert "density" in {o["name"] for o in rows["ties"]["options"]}
+    found = run("methods", "ties", "--family", "combiners")
+    assert found.code == 0 and "density" in found.out
+    found = run("methods", "--family", "combiner")
+    assert found.code == 2 and "did you mean 'combiners'" in found.err
+    found = run("methods", "tie", "--family", "combiners")
+    assert found.code == 2 and "did you mean 'ties'" in found.err
