@@ -166,6 +166,28 @@ def test_bad_input_is_named(
         assert not x.exists(), words
 
 
+def test_a_packed_base_has_three_targets(run: Run, tiny: Path, tmp_path: Path) -> None:
+    from tunesmith import derive
+
+    parent = tunesmith.load(tiny, device="cpu", dtype="fp32")
+    packed = derive.quantise(parent, bits=4, block=16)
+    derive.save_derived(packed, tmp_path / "packed")
+    delta = tunesmith.Delta.create(packed, tunesmith.LoRA(rank=2, targets="attention"), name="d", seed=1)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, t in delta.items():
+            t.add_(0.2 * torch.randn(t.shape, generator=g))
+    save(delta, tmp_path / "d", base=packed)
+    found = run("merge", tmp_path / "d", "--model", tmp_path / "packed", "--into", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    rows = {r["target"]: r for r in found.json["targets"]}
+    assert rows["dequantised"]["gap"] < 1e-3 < rows["requantised"]["gap"] and rows["delta"]["gap"] == 0
+    assert rows["requantised"]["bytes"] < rows["delta"]["bytes"] < rows["dequantised"]["bytes"]
+    with packed.using(delta):
+        want = packed.model(input_ids=torch.tensor([[5, 9, 40, 41]])).logits
+    assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-3)
+
+
 @pytest.mark.parametrize(("text", "size"), [("500MB", 500_000_000), ("5GiB", 5 << 30), ("12", 12), ("1.5k", 1500)])
 def test_sizes(text: str, size: int) -> None:
     from tunesmith.cli.merging import parsed_size

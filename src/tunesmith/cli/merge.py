@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli import targets
 from tunesmith.cli.output import Debug, Device, Json, Model, Result, amount, cells, examples, table, visible
 from tunesmith.cli.places import delta_folder, load_base
 from tunesmith.cli.verify import gap_check
@@ -77,7 +78,7 @@ def merge(
 
     One delta without --method becomes a plain model folder that needs no tunesmith: safetensors, tokenizer, generation
     settings. It is loaded again before it takes its name, and must give the outputs of the applied delta and not those of
-    the base. Several sources need a --method; model folders are read and written tensor by tensor against the base given
+    the base. A packed base is written in full precision, and the gaps of the other choices are told. Several sources need a --method; model folders are read and written tensor by tensor against the base given
     with --model. A folder that holds anything but an earlier merge is never overwritten.
     """
     from tunesmith.cli import merging
@@ -127,6 +128,10 @@ def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
         hint = "a merge would be a copy of the base; train the delta first"
         raise DeltaError("the delta changes nothing", where=loaded.name, hint=hint)
     merged = base.merged(loaded)
+    packed = targets.is_packed(base)
+    if packed:
+        merged = targets.unpacked(merged)
+    choices = targets.target_gaps(base, loaded, merged) if packed else []
     with _scratch(target) as fresh:
         _write(merged, loaded, base, fresh)
         reread = _reload(fresh, base)
@@ -145,11 +150,17 @@ def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
             shown.add_row(*cells(name, amount(size)))
         console.print(f"{visible(str(target))}", soft_wrap=True)
         console.print(shown)
+        for row in choices:
+            said = row["why_not"] or f"gap to applied {row['gap']:.3g}, {amount(row['bytes'])} in memory"
+            written = " (written)" if row["target"] == "dequantised" else ""
+            console.print(visible(f"into {row['target']}{written}: {said}"), soft_wrap=True)
 
-    data = {
+    data: dict[str, Any] = {
         "folder": str(target), "files": files, "delta": loaded.name, "digest": loaded.digest, "base": base.name,
         "gap_to_applied": found.measured, "difference_from_base": _largest(reread, before),
     }  # fmt: skip
+    if packed:
+        data["targets"] = choices
     written = f"{sum(files.values()):,} bytes"
     proof = f"merged {loaded.name} ({loaded.digest[:12]}) and loaded it again: {found.detail}, {written}"
     return Result(data, proof, view)
