@@ -208,6 +208,6 @@ def test_lines_is_a_gradient_of_weights_over_layers() -> None:
     evaluate_setting = pytest.importorskip("mergekit.config", exc_type=ImportError).evaluate_setting
     alpha, beta, L = 0.1, 0.9, 5
     for depth in range(L):
-        want = evaluate_setting("layer", [alpha, alpha + beta], depth / (L - 1))
+        want = evaluate_setting("layer", [alpha, alpha + beta], depth / (L - 1), validate=float)
         at = Place("layer", "weight", (3, 4), "linear", depth, L)
         assert ts.compose.lines.scale_at(at, alpha, beta) == pytest.approx(want, abs=1e-12)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 from compose_cases import FORMS, dense, form, gap
 
 import tunesmith as ts
-from tunesmith.compose import merge
+from tunesmith.compose import DeltaChanges, merge
+from tunesmith.core.algebra import Dense, Update
 from tunesmith.core.base import Base
-from tunesmith.core.combine import COMBINERS
+from tunesmith.core.combine import COMBINERS, Place, combined
 from tunesmith.core.delta import Delta
 from tunesmith.core.registry import Info, option
 from tunesmith.core.toys import toys
@@ -75,6 +78,40 @@ def test_linear_in_the_changes_as_declared(info: Info) -> None:
     bent = max(float((x[k] - 2 * y[k] + z[k]).abs().max()) for k in keys)
     size = max(float(t.abs().max()) for t in y.values())
     assert (bent / size < NEAR) == bool(info.facts.get("linear")), f"{info.name}: second difference {bent / size:.1e}"
+
+
+class Densely:
+    """The same changes as plain fp64 matrices."""
+
+    def __init__(self, changes: DeltaChanges) -> None:
+        self.changes, self.names = changes, changes.names
+
+    def places(self) -> Iterator[Place]:
+        for p in self.changes.places():
+            yield replace(p, base=lambda p=p: p.base().double())
+
+    def at(self, place: Place) -> list[Update | None]:
+        return [None if u is None else Dense(u.dense().double()) for u in self.changes.at(place)]
+
+
+@each
+@every_form
+def test_the_form_of_a_change_does_not_matter(info: Info, which: str) -> None:
+    """Factors, entries and products give what dense fp64 matrices give."""
+    changes = DeltaChanges(BASE, sources(info, which))
+    weights = [1.0] * len(changes.names)
+    how = info.cls()
+    lazily, densely = (
+        {p.key: u.dense().double() for p, u in combined(how, c, weights, seed=2)} for c in (changes, Densely(changes))
+    )
+    size = max(float(t.abs().max()) for t in densely.values())
+    assert set(lazily) == set(densely)
+    assert all(float((lazily[k] - t).abs().max()) < NEAR * size for k, t in densely.items())
+    if hasattr(how, "coefficients"):
+        c = how.coefficients(weights)
+        for key, rows in dense(BASE, *sources(info, which)).items():
+            want = sum(x * t for x, t in zip(c, rows, strict=True))
+            assert float((densely[key] - want).abs().max()) < 1e-12
 
 
 @each
