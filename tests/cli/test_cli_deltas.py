@@ -17,6 +17,7 @@ import torch
 import tunesmith
 from tunesmith.cli import merge as merging
 from tunesmith.cli.verify import gap_check
+from tunesmith.core import landing
 from tunesmith.core.errors import ResourceError
 from tunesmith.core.store import save
 
@@ -148,11 +149,11 @@ def test_merge_leaves_foreign_folders_and_no_remains(
 
 def test_a_folder_with_anything_added_to_a_merge_is_foreign(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("x")
-    record = {"format": merging.FORMAT, "files": ["model.safetensors"]}
-    (tmp_path / merging.RECORD).write_text(json.dumps(record))
-    assert merging._is_merge(tmp_path)
+    record = {"format": landing.FORMAT, "files": ["model.safetensors"]}
+    (tmp_path / landing.RECORD).write_text(json.dumps(record))
+    assert landing.is_merge(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    assert not merging._is_merge(tmp_path)
+    assert not landing.is_merge(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -13,8 +13,10 @@ from typing import IO, Annotated, Any
 import typer
 
 from tunesmith.cli import (
+    between,
     chat,
     compare,
+    compress,
     demo,
     doctor,
     evaluate,
@@ -26,6 +28,7 @@ from tunesmith.cli import (
     plan,
     preview,
     recommend,
+    scale,
     serve,
     show,
     study,
@@ -49,7 +52,8 @@ app = typer.Typer(
     ),
 )
 VERBS = (
-    demo, tune, evaluate, compare, recommend, chat, serve, plan, preview, show, list_, verify, merge, exchange, methods, study,
+    demo, tune, evaluate, compare, recommend, chat, serve, plan, preview, show, list_, verify, merge, between, scale, compress,
+    exchange, methods, study,
     doctor,
 )  # fmt: skip
 for _verb in VERBS:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tunesmith merge`: one delta folded into a full Hugging Face folder, which is read back before it counts."""
+"""`tunesmith merge`: a delta folded into a full Hugging Face folder, or several sources combined into one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli import targets
 from tunesmith.cli.output import Debug, Device, Json, Model, Result, amount, cells, examples, table, visible
 from tunesmith.cli.places import delta_folder, load_base
 from tunesmith.cli.verify import gap_check
+from tunesmith.core import landing
 from tunesmith.core.errors import DeltaError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -26,38 +27,99 @@ if TYPE_CHECKING:
     from tunesmith.core.base import Base
     from tunesmith.core.delta import Delta
 
-HELP = examples("tunesmith merge demo --into merged", "tunesmith merge runs/demo/delta --into merged --json")
-RECORD = "tunesmith_merge.json"
-FORMAT = "tunesmith-merge/1"
+HELP = examples(
+    "tunesmith merge demo --into merged",
+    "tunesmith merge poems sums --method ties:density=0.2 --weights 0.5,0.3 --into both",
+    "tunesmith merge tuned-a tuned-b --model base --method linear --weights 0.5,0.5 --into soup --json",
+)
 
 
 def attach(app: typer.Typer) -> None:
-    app.command("merge", epilog=HELP, short_help="Write base + delta as a plain model folder")(merge)
+    app.command("merge", epilog=HELP, short_help="Fold a delta into its base, or combine deltas or models")(merge)
 
 
 def merge(
-    delta: Annotated[str, typer.Argument(metavar="DELTA", help="A delta's folder, a run's folder or a run's name.")],
-    into: Annotated[Path, typer.Option("--into", metavar="FOLDER", help="The model folder to write.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Deltas (folders, runs or names), or model folders.")
+    ],
+    into: Annotated[Path, typer.Option("--into", metavar="FOLDER", help="The folder to write.")],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME[:OPTIONS]", help="How to combine: see 'methods --family combiners'."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W,...", help="One a source; 1 for all by default.")
+    ] = None,
+    write_as: Annotated[
+        str | None, typer.Option("--as", metavar="FORM", help="delta or model. [default: delta for several deltas]")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of combiners that draw at random.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAME", help="Model folders: what to write, when theirs differ.")
+    ] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option("--vocabulary", metavar="WHOSE", help="Model folders: match tokens; base or union.")
+    ] = None,
+    missing: Annotated[
+        str, typer.Option("--missing", metavar="ROWS", help="Rows of tokens a model lacks: base, mean or zero.")
+    ] = "base",
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Model folders: largest file, as 500MB or 5GB.")
+    ] = "5GB",
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Model folders: go on with a merge that was cut short.")
+    ] = True,
     model: Model = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Write base + delta as a plain model folder: safetensors, tokenizer, generation settings. No tunesmith needed.
+    """Fold one delta into its base, or combine several deltas, or several models.
 
-    The folder is loaded again before it takes its name, and must give the outputs of the applied delta and not those of
-    the base. A folder that holds anything but an earlier merge is never overwritten.
+    One delta without --method becomes a plain model folder that needs no tunesmith: safetensors, tokenizer, generation
+    settings. It is loaded again before it takes its name, and must give the outputs of the applied delta and not those of
+    the base. A packed base is written in full precision, and the gaps of the other choices are told. Several sources need a --method; model folders are read and written tensor by tensor against the base given
+    with --model. A folder that holds anything but an earlier merge is never overwritten.
     """
-    import torch
+    from tunesmith.cli import merging
 
+    form = merging.checked_form(write_as)
+    if merging.are_models(sources):
+        how = merging.Models(dtype, vocabulary, missing, shard_size, resume)
+        return merging.merge_models(sources, into, method, weights, form or "model", seed, model, how)
+    if dtype or vocabulary:
+        raise UsageError("--dtype and --vocabulary are for model folders, not for deltas")
+    if len(sources) == 1 and method is None:
+        if weights is not None or form == "delta":
+            hint = "'tunesmith scale DELTA 0.5 --to FOLDER' writes a delta at another strength"
+            raise UsageError("one delta has nothing to be combined with", where="--weights or --as delta", hint=hint)
+        target = landing.free(into)
+        folder = delta_folder(sources[0])
+        base = load_base(folder, store_peek(folder), model, device, exact=True)
+        return write_model(base, _loaded(folder, base), target, into)
+    base, merged, deltas = merging.merge_deltas(sources, method, weights, seed, model, device)
+    if form == "model":
+        return write_model(base, merged, landing.free(into), into)
+    return merging.write_delta(base, merged, into, "merged", deltas)
+
+
+def store_peek(folder: Path) -> dict[str, Any]:
+    """The checked header of a delta folder."""
     from tunesmith.core import store
+
+    return store.peek(folder)
+
+
+def _loaded(folder: Path, base: Base) -> Delta:
     from tunesmith.core.delta import Delta
 
-    target = _free(into)
-    folder = delta_folder(delta)
-    head = store.peek(folder)
-    base = load_base(folder, head, model, device, exact=True)
-    loaded = Delta.load(folder, base)
+    return Delta.load(folder, base)
+
+
+def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
+    """Fold a delta into its base and write a model folder, proved by loading it again."""
+    import torch
+
     _require_mergeable(base, loaded)
     before = base.probe_outputs()
     with base.using(loaded):
@@ -66,6 +128,10 @@ def merge(
         hint = "a merge would be a copy of the base; train the delta first"
         raise DeltaError("the delta changes nothing", where=loaded.name, hint=hint)
     merged = base.merged(loaded)
+    packed = targets.is_packed(base)
+    if packed:
+        merged = targets.unpacked(merged)
+    choices = targets.target_gaps(base, loaded, merged) if packed else []
     with _scratch(target) as fresh:
         _write(merged, loaded, base, fresh)
         reread = _reload(fresh, base)
@@ -75,7 +141,7 @@ def merge(
                 f"the folder, loaded again, is not base + delta: {found.detail}", where=str(into),
                 hint="nothing was written; in a coarser dtype a small delta is lost in rounding",
             )  # fmt: skip
-        _publish(fresh, target)
+        landing.publish(fresh, target)
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir()) if p.is_file()}
 
     def view(console: Console) -> None:
@@ -84,11 +150,17 @@ def merge(
             shown.add_row(*cells(name, amount(size)))
         console.print(f"{visible(str(target))}", soft_wrap=True)
         console.print(shown)
+        for row in choices:
+            said = row["why_not"] or f"gap to applied {row['gap']:.3g}, {amount(row['bytes'])} in memory"
+            written = " (written)" if row["target"] == "dequantised" else ""
+            console.print(visible(f"into {row['target']}{written}: {said}"), soft_wrap=True)
 
-    data = {
+    data: dict[str, Any] = {
         "folder": str(target), "files": files, "delta": loaded.name, "digest": loaded.digest, "base": base.name,
         "gap_to_applied": found.measured, "difference_from_base": _largest(reread, before),
     }  # fmt: skip
+    if packed:
+        data["targets"] = choices
     written = f"{sum(files.values()):,} bytes"
     proof = f"merged {loaded.name} ({loaded.digest[:12]}) and loaded it again: {found.detail}, {written}"
     return Result(data, proof, view)
@@ -96,29 +168,6 @@ def merge(
 
 def _largest(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) if a.shape == b.shape else float(a.double().abs().max())
-
-
-def _free(into: Path) -> Path:
-    """The folder to write. Raises UsageError for a file, or a folder with anything but an earlier merge in it."""
-    target = Path(os.path.abspath(into.expanduser()))
-    if not target.name:
-        raise UsageError("is no folder a model can be written to", where=str(into))
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
-        raise UsageError("is not a folder", where=str(into), hint="choose another name")
-    if target.is_dir() and any(target.iterdir()) and not _is_merge(target):
-        hint = "choose another folder, or empty this one"
-        raise UsageError("holds something that no merge wrote, so it is not overwritten", where=str(into), hint=hint)
-    return target
-
-
-def _is_merge(folder: Path) -> bool:
-    """Whether everything in the folder was written by an earlier merge."""
-    try:
-        record = json.loads((folder / RECORD).read_bytes()[: 1 << 20])
-        ours = set(record["files"]) | {RECORD} if record.get("format") == FORMAT else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-    return {p.name for p in folder.iterdir()} <= ours
 
 
 def _require_mergeable(base: Base, delta: Delta) -> None:
@@ -148,12 +197,12 @@ def _write(merged: Base, delta: Delta, base: Base, fresh: Path) -> None:
         raise ResourceError("no safetensors file was written", where=str(fresh))
     made = sorted(p.name for p in fresh.iterdir())
     record = {
-        "format": FORMAT, "files": made, "base": base.name, "base_digest": base.fingerprint.digest, "delta": delta.name,
+        "format": landing.FORMAT, "files": made, "base": base.name, "base_digest": base.fingerprint.digest, "delta": delta.name,
         "delta_digest": delta.digest, "methods": [p.info.name for p in delta.parts],
     }  # fmt: skip
-    (fresh / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (fresh / landing.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for file in fresh.iterdir():
-        file.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        file.chmod(0o666 & ~landing.umask())  # safetensors writes for the owner alone
 
 
 def _takes_format(model: Any) -> bool:
@@ -197,26 +246,3 @@ def _scratch(target: Path) -> Iterator[Path]:
 def _missing_parents(target: Path) -> list[Path]:
     """Folders above the target that do not exist yet, deepest first."""
     return [p for p in target.parents if not p.exists()]
-
-
-def _publish(fresh: Path, target: Path) -> None:
-    """Give the finished folder its name; an earlier merge there goes only once the new one has taken its place."""
-    os.chmod(fresh, 0o777 & ~_umask())
-    if not target.exists():
-        os.rename(fresh, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.old.", dir=target.parent))
-    os.rename(target, aside / "was")
-    try:
-        os.rename(fresh, target)
-    except OSError:
-        os.rename(aside / "was", target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tunesmith methods`: every registered method, or the options of one."""
+"""`tunesmith methods`: every registered method, combiner, recipe or probe, or the options of one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.output import Debug, Json, Result, cells, examples, table
+from tunesmith.core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.core.method import MethodInfo
 
-HELP = examples("tunesmith methods", "tunesmith methods lora")
+HELP = examples("tunesmith methods", "tunesmith methods lora", "tunesmith methods --family combiners")
+FAMILIES = ("methods", "combiners", "recipes", "probes")
 
 
 def attach(app: typer.Typer) -> None:
@@ -22,11 +24,21 @@ def attach(app: typer.Typer) -> None:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the options of this method.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the options of this one.")] = None,
+    family: Annotated[
+        str, typer.Option("--family", metavar="NAME", help="methods, combiners, recipes or probes.")
+    ] = "methods",
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """List the methods: name, carrier, paper, capabilities, one line. With NAME, its options and their ranges."""
+    """List the methods: name, carrier, paper, capabilities, one line. With NAME, its options and their ranges.
+
+    --family lists the ways to combine deltas (merge --method), to derive a base, or to inspect a delta instead.
+    """
+    if family not in FAMILIES:
+        raise UsageError(f"unknown family {family!r}", where="--family", hint=nearest(family, FAMILIES))
+    if family != "methods":
+        return _family(family, name)
     import tunesmith.deltas  # noqa: F401 (registers them)
     from tunesmith.core import method as registry
 
@@ -55,6 +67,37 @@ def _all(infos: list[MethodInfo]) -> Result:
 
     carriers = {r["carrier"] for r in rows}
     return Result({"methods": rows}, f"{len(rows)} methods over {len(carriers)} carriers", view)
+
+
+def _family(family: str, name: str | None) -> Result:
+    """Entries of a registry, or the options of one."""
+    from tunesmith.core.combine import COMBINERS
+    from tunesmith.core.derive import RECIPES
+    from tunesmith.core.probe import PROBES
+    from tunesmith.core.registry import schema
+
+    known = {"combiners": COMBINERS, "recipes": RECIPES, "probes": PROBES}[family]
+    infos = known.all() if name is None else [known.get(name)]
+    rows = []
+    for i in infos:
+        options = [{**o, "choices": list(o["choices"]) if o["choices"] else None} for o in schema(i.cls)]
+        rows.append({"name": i.name, "paper": i.paper, "summary": i.summary, "options": options})
+
+    def view(console: Console) -> None:
+        if name is None:
+            shown = table("name", "paper", "what it does", "options")
+            for r in rows:
+                shown.add_row(*cells(r["name"], r["paper"], r["summary"], ", ".join(o["name"] for o in r["options"])))
+        else:
+            console.print((infos[0].cls.__doc__ or "").strip() + "\n", soft_wrap=True)
+            shown = table("option", "type", "default", "range", "")
+            for o in rows[0]["options"]:
+                shown.add_row(*cells(o["name"], o["type"], repr(o["default"]), _range(o), o["help"]))
+        console.print(shown)
+
+    if name is not None:
+        return Result(dict(rows[0]), f"{name}: {len(rows[0]['options'])} options", view)
+    return Result({family: rows}, f"{len(rows)} {family}", view)
 
 
 def _one(info: MethodInfo) -> Result:

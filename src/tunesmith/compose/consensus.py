@@ -44,6 +44,7 @@ from tunesmith.core.algebra import Dense, Sparse, Update
 from tunesmith.core.combine import Changes, Now, Place, combiner, dense
 from tunesmith.core.method import option
 
+PIECE = 1 << 18  # entries summed at once
 ENTRY = 3  # numbers of fp32 that an entry with its place takes
 DROPS = {"one is itself": "it drops entries", "linear": "what is dropped depends on the values"}
 
@@ -61,24 +62,28 @@ def together(
 ) -> Tensor:
     """The sum, or the sum of what agrees with the elected sign, of changes of one tensor."""
     first = next(d for d in kept if d is not None)
-    terms = [(w, d) for w, d in zip(weights, kept, strict=True) if d is not None]
-    total = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
-    for w, d in terms:
-        total += w * d.double()
-    if elect:
-        up = total >= 0
-        total, divisor = torch.zeros_like(total), torch.zeros_like(total)
-        for w, d in terms:
-            pull = w * d.double()
-            agrees = torch.where(up, pull > 0, pull < 0).double()
-            total += pull * agrees
-            divisor += w * agrees
-        if normalize:
-            total /= torch.where(divisor == 0, 1.0, divisor)
-    elif normalize:
-        whole = sum(weights)
-        total /= whole if abs(whole) >= 1e-8 else 1.0
-    return (lam * total).to(first.dtype)
+    terms = [(w, d.reshape(-1)) for w, d in zip(weights, kept, strict=True) if d is not None]
+    out = torch.empty(first.numel(), dtype=first.dtype, device=first.device)
+    whole = sum(weights)
+    for at in range(0, len(out), PIECE):  # fp64 copies of a whole table would be the largest thing in memory
+        pieces = [(w, d[at : at + PIECE].double()) for w, d in terms]
+        total = torch.zeros_like(pieces[0][1])
+        for w, d in pieces:
+            total += w * d
+        if elect:
+            up = total >= 0
+            total, divisor = torch.zeros_like(total), torch.zeros_like(total)
+            for w, d in pieces:
+                pull = w * d
+                agrees = torch.where(up, pull > 0, pull < 0)
+                total += pull * agrees
+                divisor += w * agrees
+            if normalize:
+                total /= torch.where(divisor == 0, 1.0, divisor)
+        elif normalize:
+            total /= whole if abs(whole) >= 1e-8 else 1.0
+        out[at : at + PIECE] = lam * total
+    return out.reshape(first.shape)
 
 
 class _Engine:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.largest import largest
 
 RESCALES = ("inverse", "l1", "none")
 
@@ -21,23 +22,11 @@ def rows(D: Tensor, per: str) -> Tensor:
     return D.reshape(D.shape[0], -1) if per == "row" and D.dim() > 1 else D.reshape(1, -1)
 
 
-def largest(D: Tensor, k: int) -> Tensor:
-    """Mask of the k entries of largest magnitude in each row of D [rows, n], the lower index first where they tie."""
-    n = D.shape[1]
-    if k <= 0 or k >= n:
-        return torch.full_like(D, k > 0, dtype=torch.bool)
-    size = D.abs()
-    least = torch.kthvalue(size, n - k + 1, dim=1, keepdim=True).values
-    above, level = size > least, size == least
-    left = k - above.sum(1, keepdim=True)
-    if bool((level.sum(1, keepdim=True) > left).any()):
-        level &= level.cumsum(1) <= left
-    return above | level
-
-
 def band(D: Tensor, first: int, last: int) -> Tensor:
     """Mask of the entries whose rank by falling magnitude within their row of D [rows, n] lies in first .. last - 1."""
-    return largest(D, last) & ~largest(D, first)
+    size, n = D.abs(), D.shape[1]
+    kept = largest(size, min(max(last, 0), n))
+    return kept & ~largest(size, min(first, n)) if first > 0 else kept
 
 
 def magnitude(D: Tensor, density: float, per: str = "tensor") -> Tensor:

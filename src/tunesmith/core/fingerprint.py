@@ -103,16 +103,22 @@ def sample(t: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(flat)).hexdigest()[:16]
 
 
-def fingerprint(model: nn.Module, name: str) -> Fingerprint:
-    """The fingerprint of a model: all parameters and persistent buffers."""
+def settings(model: nn.Module) -> tuple[str, str]:
+    """A hash of the configuration without names and versions, and what it says of quantisation."""
     config: Any = getattr(model, "config", None)
     as_dict = config.to_dict() if callable(getattr(config, "to_dict", None)) else {}
     kept = {k: v for k, v in as_dict.items() if k not in _IGNORED_CONFIG and not k.startswith("_")}
     quantised = json.dumps(kept.pop("quantization_config", ""), sort_keys=True, default=str).strip('"')
     text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16], quantised
+
+
+def fingerprint(model: nn.Module, name: str) -> Fingerprint:
+    """The fingerprint of a model: all parameters and persistent buffers."""
+    config, quantised = settings(model)
     tensors = {n: (tuple(t.shape), sample(t)) for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     dtype = str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "none")).removeprefix("torch.")
-    return Fingerprint(name, hashlib.sha256(text.encode()).hexdigest()[:16], dtype, quantised, tensors)
+    return Fingerprint(name, config, dtype, quantised, tensors)
 
 
 def weights_digest(model: nn.Module) -> str:
