@@ -1,1 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What a delta changed: one file per probe, plain data out. Importing this package registers every probe.
+
+    from tunesmith.core.probe import PROBES
+    PROBES.parse("intruders:k=10,eps=0.5").measure(base, delta)
+
+`ts.diff(base, delta)` runs several and draws the report. The functions behind the probes are here too.
+"""
+
+from tunesmith.inspect.depth_kl import DepthKL
+from tunesmith.inspect.drift import Drift, module_drift, sensitivity, steps
+from tunesmith.inspect.intruders import Intruders, dampened, find_intruders, match, overlap, similarity
+from tunesmith.inspect.lens import Lens
+from tunesmith.inspect.localisation import Localisation
+from tunesmith.inspect.norms import Norms
+from tunesmith.inspect.novelty import Novelty, contrast, explore
+from tunesmith.inspect.prior import Prior, items_of, prior_of, read_layers
+from tunesmith.inspect.spectra import Spectra
+
+__all__ = [
+    "DepthKL",
+    "Drift",
+    "Intruders",
+    "Lens",
+    "Localisation",
+    "Norms",
+    "Novelty",
+    "Prior",
+    "Spectra",
+    "contrast",
+    "dampened",
+    "explore",
+    "find_intruders",
+    "items_of",
+    "match",
+    "module_drift",
+    "overlap",
+    "prior_of",
+    "read_layers",
+    "sensitivity",
+    "similarity",
+    "steps",
+]
