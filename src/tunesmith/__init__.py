@@ -25,6 +25,7 @@ _NAMES = {
     "arbitrary": "tunesmith.deltas.weight.apet",
     "checks": "tunesmith",
     "derive": "tunesmith",
+    "diff": "tunesmith.evaluate.difference",
     "prove": "tunesmith.evaluate.run",
     "load": "tunesmith.models.open",
     "methods": "tunesmith.core.method",
@@ -33,6 +34,7 @@ _NAMES = {
     "read": "tunesmith.data",
     "register": "tunesmith.core.method",
     "resume": "tunesmith.train.tune",
+    "sample": "tunesmith.train.sample",
     "tune": "tunesmith.train.tune",
 }
 

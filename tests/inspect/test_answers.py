@@ -189,7 +189,7 @@ def test_the_whole_probe_on_a_model_that_speaks_the_prior(lm: Base, rows: Callab
         ids[:20, 4] = lm(ids[:20])["logits"][:, 3].argmax(-1)
     delta = Delta.create(lm, ts.LoRA(rank=2))
     before = lm.digest(), delta.digest
-    found = Prior(neutral_ids="1 2", ablate=True).measure(lm, delta, rows(ids, answers))
+    found = Prior(neutral_ids=[1, 2], ablate=True).measure(lm, delta, rows(ids, answers))
     assert found.values["base_accuracy"] == found.values["delta_accuracy"] >= 0.5
     assert found.values["base_rho"] == found.values["delta_rho"] is not None
     assert found.values["base_rho"] == pytest.approx(
@@ -228,10 +228,10 @@ def test_ablation_replaces_the_outputs_of_one_block(lm: Base) -> None:
 
 def test_bad_input_to_the_prior(lm: Base, noisy: Callable[..., Delta], rows: Callable[..., Sample]) -> None:
     sample = rows(IDS, ANSWERS)
-    for options, match in (({}, "no tokenizer"), ({"neutral_ids": "a b"}, "must be numbers")):
+    for options, match in (({}, "no tokenizer"), ({"neutral_ids": ["a"]}, "must be token ids")):
         with pytest.raises(UsageError, match=match):
             Prior(**options).measure(lm, noisy(lm), sample)
     with pytest.raises(UsageError, match="needs data"):
-        Prior(neutral_ids="1").measure(lm, noisy(lm))
+        Prior(neutral_ids=[1]).measure(lm, noisy(lm))
     with pytest.raises(UsageError, match="no row of the data has an answer"):
-        Prior(neutral_ids="1").measure(lm, noisy(lm), rows(IDS, torch.zeros_like(ANSWERS)))
+        Prior(neutral_ids=[1]).measure(lm, noisy(lm), rows(IDS, torch.zeros_like(ANSWERS)))

@@ -16,6 +16,7 @@ from tunesmith.cli import (
     chat,
     compare,
     demo,
+    diff,
     doctor,
     evaluate,
     exchange,
@@ -48,8 +49,8 @@ app = typer.Typer(
     ),
 )
 VERBS = (
-    demo, tune, evaluate, compare, recommend, chat, plan, preview, show, list_, verify, merge, exchange, methods, study,
-    doctor,
+    demo, tune, evaluate, compare, recommend, chat, plan, preview, show, list_, verify, diff, merge, exchange, methods,
+    study, doctor,
 )  # fmt: skip
 for _verb in VERBS:
     _verb.attach(app)

@@ -14,6 +14,7 @@ Needs no data. Zhao, Zhou, Long, Jiang and Zhang 2023, arXiv 2304.04158.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def module_drift(
     if rates is not None and (len(rates) != len(checkpoints) - 1 or not all(r > 0 for r in rates)):
         raise UsageError(f"there must be {len(checkpoints) - 1} rates above 0, one between each pair of checkpoints")
     out: dict[str, list[float]] = {}
-    for n, (a, b) in enumerate(zip(checkpoints, checkpoints[1:], strict=False)):
+    for n, (a, b) in enumerate(pairwise(checkpoints)):
         if a.keys() != b.keys() or any(a[k].shape != b[k].shape for k in a):
             different = sorted({k for k in a.keys() | b.keys() if k not in a or k not in b or a[k].shape != b[k].shape})
             raise UsageError(
@@ -112,7 +113,7 @@ def steps(base: Base, deltas: Iterable[Delta | View | None]) -> dict[str, list[f
         if path not in base.sites or base.sites[path].kind in ("model", "block", "attention"):
             continue
         states = [_at(base, v, path) for v in views]
-        for a, b in zip(states, states[1:], strict=False):
+        for a, b in pairwise(states):
             moved = 0.0
             for name in a.keys() | b.keys():
                 x, y = a.get(name), b.get(name)

@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class Prior:
     """Whether correctness follows the prior of the answers, before and after, and from which layers it speaks."""
 
     neutral: str = option("The word is", "text before the answer when its prior is measured")
-    neutral_ids: str = option("", "the same as token ids with spaces between, for models without a tokenizer")
+    neutral_ids: list[int] = option([], "the same as token ids, for models without a tokenizer")
     strata: int = option(4, "quantiles of the prior in which accuracy is shown", low=2, high=100)
     suggest: int = option(4, "most layers to suggest for tuning", low=1, high=1000)
     layers: bool = option(True, "read the answers at every layer")
@@ -197,13 +198,12 @@ class Prior:
         )
 
     def _neutral(self, base: Base) -> list[int]:
-        if self.neutral_ids.strip():
-            try:
-                return [int(t) for t in self.neutral_ids.split()]
-            except ValueError:
-                raise UsageError(f"neutral_ids must be numbers, got {self.neutral_ids!r}") from None
+        if self.neutral_ids:
+            if not all(isinstance(t, int) and t >= 0 for t in self.neutral_ids):
+                raise UsageError(f"neutral_ids must be token ids, got {self.neutral_ids}")
+            return list(self.neutral_ids)
         if base.tokenizer is None:
-            raise UsageError("the base has no tokenizer for the neutral prompt", hint="give neutral_ids='1 2'")
+            raise UsageError("the base has no tokenizer for the neutral prompt", hint="give neutral_ids=[1, 2]")
         return [int(t) for t in base.tokenizer(self.neutral)["input_ids"]]
 
     def _by_stratum(self, correct: Tensor, prior: Tensor) -> list[dict[str, Any]]:
@@ -215,7 +215,7 @@ class Prior:
 def suggested(rows: Sequence[dict[str, Any]], most: int) -> list[int]:
     """Layers where c_l rises and a_l does not, best first; at most `most`. The first layer has none before it."""
     ranked = []
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in pairwise(rows):
         if row["base_c"] is None or before["base_c"] is None:
             continue
         dc, da = row["base_c"] - before["base_c"], row["base_a"] - before["base_a"]
