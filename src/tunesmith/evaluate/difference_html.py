@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from tunesmith.core.probe import Finding
 from tunesmith.evaluate import page as shell
@@ -177,7 +178,7 @@ def _localisation(f: Finding) -> Drawn:
         axes.plot(*zip(*curve, strict=True), color=TUNED, linewidth=1.8, marker="o", markersize=3)
         axes.axvline(f.facts["share"], color=SOFT, linewidth=1, linestyle=(0, (4, 4)))
         axes.set_xscale("log")
-        axes.set_xticks([1e-6, 1e-4, 1e-2, 1], ["0.0001%", "0.01%", "1%", "100%"])
+        axes.set_xticks([1e-4, 1e-2, 1], ["0.01%", "1%", "100%"])
         axes.minorticks_off()
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("share of all entries, largest first")
@@ -203,6 +204,10 @@ def _spectra(f: Finding) -> Drawn:
                 range(1, len(S) + 1), S, color=TUNED, linewidth=1.3, alpha=1 - 0.12 * i, marker="o", markersize=2.5
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))  # matplotlib's own is mathematics markup
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.locator_params(axis="x", integer=True, nbins=8)
         axes.set_xlabel("singular value of the change")
 
     first = turned[0]
