@@ -47,7 +47,7 @@ class Sizes:
     sweep: int
 
 
-FULL = Sizes(8, 96, 3000, 64, 1600, 300, 300, 3, 4, 1)
+FULL = Sizes(8, 64, 2000, 32, 1600, 300, 300, 3, 4, 1)
 SMOKE = Sizes(4, 32, 8, 8, 60, 16, 16, 1, 1, 2)
 LIKELY, RANK, LR, TUNE_BATCH = 0.9, 8, 1e-3, 16
 NEUTRAL = [26, 30]  # the start and the equals sign: a bare string follows
@@ -243,7 +243,7 @@ STUDY = Study(
     verdict=verdict,
     minutes=12,
     deviations=(
-        "A Llama of 8 layers and width 96, trained in the study on strings of a skewed prior, instead of SmolLM2-135M-Instruct: "
+        "A Llama of 8 layers and width 64, trained in the study on strings of a skewed prior, instead of SmolLM2-135M-Instruct: "
         "the card names it as the way out where the large model is too weak, and only it fits the time.",
         "Answers are four letters, each one token; the unspelled version with multi-letter tokens is not run.",
         "Low-prior answers are common strings with their letters in another order, so that pairs are as hard.",

@@ -198,7 +198,7 @@ def clusters(texts: list[tuple[int, ...]], seed: int = 0, most: int = 8) -> tupl
     if distinct < 3:
         return [0] * len(texts), "one group: fewer than three distinct texts"
     if importlib.util.find_spec("sklearn") is None:
-        return [0] * len(texts), "one group: scikit-learn is not installed (pip install scikit-learn)"
+        return [0] * len(texts), "one group: scikit-learn is not installed (pip install 'tunesmith[inspect]')"
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.metrics import silhouette_score
