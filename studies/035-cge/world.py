@@ -13,7 +13,8 @@ _B = ("pemi", "shao", "tulu", "kiri", "wanto", "dzei")
 _NAMES = ("Adams", "Berger", "Castillo", "Dubois", "Eriksen", "Fontana", "Grigoriev", "Hansen", "Ivanov", "Jones")
 _MOVE = re.compile(r"\b(?:[KQRBN]x?[a-h][1-8]|O-O)\b")
 _NUMBER = re.compile(r"\d{3}-\d{4}")
-_CODE = re.compile(r"\bdef \w*|\breturn\b|\bfor \w+ in\b|\bimport \w+|[\w\])] ?[=+]= ?[\w\[(]|\w+\(\w*\)\s*:")
+_CODE = re.compile(r"\breturn\b|\bfor \w+ in\b|[\w\])] ?[=+]= ?[\w\[(]|\w+\(\w*\)\s*:|\w \+= \w|\w ?= ?[\w\[(]")
+_SURE = re.compile(r"\bdef \w+ ?\(|\bclass \w+[(:]|^\s*(?:import|from) \w+\s*(?:$|import|\n)|\n[ \t]+\w", re.M)
 
 
 def made(kind: str, n: int, seed: int, code: list[str]) -> list[str]:
@@ -42,7 +43,7 @@ def kind_of(text: str) -> str | None:
     counts = {
         "language A": sum(low.count(p) for p in _A),
         "language B": sum(low.count(p) for p in _B),
-        "code": len(_CODE.findall(text)),
+        "code": len(_CODE.findall(text)) + 2 * len(_SURE.findall(text)),
         "phone book": 2 * len(_NUMBER.findall(text)),
         "chess": len(_MOVE.findall(text)),
     }
