@@ -113,8 +113,8 @@ def pretrained(seed: int, s: Strings, *, layers: int, width: int, steps: int, ba
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / steps)
         ids, mask = padded([pretraining_row(s, rng, likely) for _ in range(batch)])
-        logits = model(input_ids=ids).logits[:, :-1]
-        loss = F.cross_entropy(logits[mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
+        answer = ((ids == EQUALS).cumsum(1)[:, :-1] > 0) & mask[:, 1:]  # the made-up words cannot be foreseen
+        loss = F.cross_entropy(model(input_ids=ids).logits[:, :-1][answer], ids[:, 1:][answer])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
