@@ -27,6 +27,7 @@ _NAMES = {
     "compose": "tunesmith",
     "compress": "tunesmith.compose",
     "derive": "tunesmith",
+    "diff": "tunesmith.evaluate.difference",
     "prove": "tunesmith.evaluate.run",
     "load": "tunesmith.models.open",
     "merge": "tunesmith.compose",
@@ -39,6 +40,7 @@ _NAMES = {
     "scale": "tunesmith.compose",
     "resume": "tunesmith.train.tune",
     "subtract": "tunesmith.compose",
+    "sample": "tunesmith.train.sample",
     "tune": "tunesmith.train.tune",
 }
 

@@ -135,3 +135,31 @@ def test_a_quick_one_is_asked_for_by_site_and_keeps_nothing(counted: list[Any]) 
     assert counted == [(14, 40)] and len(spectrum._KEPT) == 0, "4 components and 10 more are decomposed"
     torch.testing.assert_close(quick.S, spectrum.svd(site, 4).S, atol=1e-5, rtol=0)
     assert len(spectrum.svd(site, 40, exact=False).S) == 40, "all components are found exactly"
+
+
+def test_a_change_is_decomposed_through_its_factors() -> None:
+    from tunesmith.core.algebra import Dense, LowRank, MaskedRows, Rows, Sparse, Sum
+
+    g = torch.Generator().manual_seed(0)
+    low = LowRank(torch.randn(12, 3, generator=g), torch.randn(3, 20, generator=g), 0.5, (12, 5, 4))
+    rows = Rows(torch.tensor([1, 7]), torch.randn(2, 20, generator=g), (12, 20))
+    masked = MaskedRows(torch.randn(12, generator=g), torch.randn(20, generator=g))
+    flat_low = LowRank(low.B, low.A, low.scale)
+    sparse = Sparse(torch.tensor([3, 44, 200]), torch.randn(3, generator=g), (12, 20))
+    cases = [(low, 3), (rows, 2), (masked, 1), (Sum((flat_low, masked)), 4), (sparse, 12), (Dense(low.dense()), 12)]
+    for update, components in cases:
+        D = update.dense().flatten(1)
+        found = spectrum.svd_of(update)
+        assert len(found.S) == components
+        torch.testing.assert_close(found.matrix(), D, atol=1e-5, rtol=1e-5)
+        true = torch.linalg.svdvals(D)
+        torch.testing.assert_close(found.S, true[:components], atol=1e-5, rtol=1e-5)
+        assert float(true[components:].sum()) < 1e-4
+        torch.testing.assert_close(spectrum.svd_of(update, vectors=False).S, found.S, atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_of_known_spectra() -> None:
+    assert spectrum.effective_rank(torch.ones(7)) == pytest.approx(7)
+    assert spectrum.effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
+    assert spectrum.effective_rank(torch.zeros(4)) == 0 == spectrum.stable_rank(torch.zeros(4))
+    assert spectrum.stable_rank(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(1.5)

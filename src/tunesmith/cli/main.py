@@ -18,6 +18,7 @@ from tunesmith.cli import (
     compare,
     compress,
     demo,
+    diff,
     doctor,
     evaluate,
     exchange,
@@ -52,7 +53,7 @@ app = typer.Typer(
     ),
 )
 VERBS = (
-    demo, tune, evaluate, compare, recommend, chat, serve, plan, preview, show, list_, verify, merge, between, scale, compress,
+    demo, tune, evaluate, compare, recommend, chat, serve, plan, preview, show, list_, verify, diff, merge, between, scale, compress,
     exchange, methods, study,
     doctor,
 )  # fmt: skip

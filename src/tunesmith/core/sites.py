@@ -141,7 +141,14 @@ class SiteMap(Mapping[str, Site]):
     path still selects it.
     """
 
-    def __init__(self, sites: Iterable[Site], traced: Trace | None, problem: str | None = None) -> None:
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        traced: Trace | None,
+        problem: str | None = None,
+        depths: Mapping[str, int] | None = None,
+    ) -> None:
+        self._depths = dict(depths or {})
         self._sites = {(s.path, s.kind): replace(s, map=self) for s in sites}
         self._first: dict[str, Site] = {}
         for s in self._sites.values():
@@ -165,6 +172,27 @@ class SiteMap(Mapping[str, Site]):
 
     def all(self) -> list[Site]:
         return list(self._sites.values())
+
+    def depth_of(self, name: str) -> int:
+        """The depth of a module, or of the parameter or buffer of that name, as `Site.depth` counts it.
+
+        A module that has no depth of its own has that of the nearest module around it, else 0. Raises UsageError for a
+        name that no site or block leads to.
+        """
+        path = name
+        while path and path not in self._depths:
+            path = path.rpartition(".")[0]
+        if path:
+            return self._depths[path]
+        head = name.partition(".")[0]
+        if "." in name and not any(p == head or p.startswith(head + ".") for p in self._first):
+            raise UsageError(f"the base has no module around {name!r}", hint=nearest(head, self._first))
+        return 0
+
+    def block_of(self, name: str) -> str | None:
+        """The path of the repeated block that holds a module or parameter, None outside of them."""
+        blocks = [p for p, kind in self._sites if kind == "block" and (name == p or name.startswith(p + "."))]
+        return max(blocks, key=len, default=None)
 
     def role(self, role: str) -> list[Site]:
         return [s for s in self._sites.values() if s.role == role]
@@ -335,7 +363,7 @@ def find_sites(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | 
     for path, heads in (traced.attention if traced else {}).items():
         sites.append(Site(path, "attention", (), modules[path], "", depth.get(path, 0), total, heads=heads))
     sites += [Site(p, "block", (), modules[p], "", depth.get(p, 0), total) for p in blocks]
-    return SiteMap(sites, traced, problem)
+    return SiteMap(sites, traced, problem, depth)
 
 
 def _roles_by_interface(model: nn.Module, modules: Mapping[str, nn.Module], roles: dict[str, str]) -> None:

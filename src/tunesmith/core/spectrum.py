@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from tunesmith.core.algebra import LowRank, MaskedRows, Rows, Sum, Update, wide
 from tunesmith.core.sites import Site
 
 
@@ -100,6 +101,71 @@ def randomised(W: Tensor, rank: int, *, oversampling: int = 10, rounds: int = 4,
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
     return SVD(Q @ U, S, Vh).leading(rank)
+
+
+@torch.no_grad()
+def svd_of(update: Update, *, vectors: bool = True) -> SVD:
+    """The decomposition of a change flattened to [out, in * kernel], through its factors where it has few.
+
+    fp32, fp64 kept. A change held in factors of rank r < min(out, in * kernel) gives r components, the rest being zero;
+    a dense or sparse one gives min(out, in * kernel). Without `vectors` only S is right and U and Vh are empty.
+    """
+    pair = factors(update)
+    if pair is None:
+        D = update.dense().flatten(1)
+        if not vectors:
+            return SVD(D[:, :0], torch.linalg.svdvals(D), D[:0])
+        return SVD(*torch.linalg.svd(D, full_matrices=False))
+    B, A = pair  # [out, r], [r, in * kernel]
+    Qb, Rb = torch.linalg.qr(B)
+    Qa, Ra = torch.linalg.qr(A.T)
+    core = Rb @ Ra.T  # [r, r]
+    if not vectors:
+        return SVD(B[:, :0], torch.linalg.svdvals(core), A[:0])
+    U, S, Vh = torch.linalg.svd(core)
+    return SVD(Qb @ U, S, Vh @ Qa.T)
+
+
+def factors(update: Update) -> tuple[Tensor, Tensor] | None:
+    """B [out, r] and A [r, in * kernel] with B A the change, where r is below both sides; None for other forms."""
+    found = _factors(update)
+    small = found is not None and found[0].shape[1] < min(found[0].shape[0], found[1].shape[1])
+    return found if small else None
+
+
+def _factors(update: Update) -> tuple[Tensor, Tensor] | None:
+    if isinstance(update, LowRank):
+        return wide(update.B) * update.scale, wide(update.A)
+    if isinstance(update, MaskedRows):
+        return wide(update.mask)[:, None], wide(update.vector)[None]
+    if isinstance(update, Rows):
+        n = len(update.indices)
+        B = torch.zeros(update.full[0], n, dtype=wide(update.values).dtype, device=update.values.device)
+        return B.index_put((update.indices, torch.arange(n, device=B.device)), B.new_ones(n)), wide(update.values)
+    if isinstance(update, Sum):
+        pairs = [_factors(u) for u in update.terms]
+        known = [p for p in pairs if p is not None]
+        if len(known) == len(pairs):
+            return torch.cat([B for B, _ in known], 1), torch.cat([A for _, A in known])
+    return None
+
+
+def effective_rank(S: Tensor) -> float:
+    """exp of the entropy of the singular values S [k] >= 0 over their sum: k where all are equal, 0 for none.
+
+    Roy and Vetterli 2007, "The effective rank".
+    """
+    total = float(S.sum())
+    if total <= 0:
+        return 0.0
+    p = S[S > 0].double() / S.sum().double()
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def stable_rank(S: Tensor) -> float:
+    """sum of S^2 over the largest: between 1 and the rank, 0 for no change."""
+    top = float(S.max()) if len(S) else 0.0
+    return float((S.double() / top).square().sum()) if top > 0 else 0.0
 
 
 def forget() -> None:

@@ -67,6 +67,20 @@ def sample_of(
     return Sample(stream, run, loss, keep, train, read=None if isinstance(task, LoaderTask) else read)
 
 
+def sample(base: Base, data: Any, *, batch_size: int = 8, batches: int = BATCHES, seed: int = 0) -> Sample:
+    """At most `batches` batches of `data` (what `ts.tune` takes) as probes and methods read them, long rows cut.
+
+    Raises DataError for rows that cannot be used, UsageError for data the base cannot read.
+    """
+    from tunesmith.data import Dataset
+    from tunesmith.data import read as rows_of
+    from tunesmith.train.prepare import prepare
+
+    config = TrainConfig(batch_size=batch_size, seed=seed, overflow="truncate")
+    dataset = data if isinstance(data, Dataset) else rows_of(data)
+    return sample_of(prepare(base, dataset, config).task, config, batches=batches)
+
+
 def started(
     base: Base,
     methods: list[Any],
