@@ -183,6 +183,23 @@ class Delta(nn.Module):
         out.layout = {"scopes": {s: dict(d.layout) for s, d in members.items()}}
         return out
 
+    @classmethod
+    def between(cls, base: Base, other: Base, *, name: str = "", exact: bool = False, outside: str = "error") -> Delta:
+        """What makes `other` of `base`, two models of one shape: every difference, held dense in a `full` part.
+
+        base + delta gives the other's tensors bit for bit where both are bf16 or fp16 and the sum in fp32 rounds back,
+        and within one fp32 ulp of the larger of both entries elsewhere; with `exact` a tensor that does not come back is
+        held in fp64, which brings it back. Tied weights are one change. Running statistics of norms are taken, integer
+        counters are not. `provenance["between"]` has a fingerprint of the other end, the share of entries that are
+        exactly zero (in half precision small updates vanish), the share that does not come back bit for bit, and what
+        was `left`: with `outside="leave"` tensors that lie in no layer, such as class tokens.
+        Raises BaseMismatch for other shapes (a grown vocabulary, say), UsageError for equal models, or tensors that
+        differ and no delta can change.
+        """
+        from tunesmith.core.between import between
+
+        return between(base, other, name=name, exact=exact, outside=outside)
+
     def scoped(self, scope: str) -> Delta:
         """The member of a bundle under `scope`, sharing its tensors."""
         scopes = {p.scope for p in self.parts}

@@ -13,6 +13,7 @@ A method class declares annotated fields with `option(...)` and the functions of
 and `init(site, generator) -> tensors`. `t` maps tensor names to tensors; shared tensors appear in it beside the site's
 own. Optional: `shared(sites, generator)`, `place(sites) -> {path: tensors}` (values of tensors that `init` made and that
 depend on all sites), `calibrate(site, t, params)`, `bake(site, t)`, `penalty(site, t)` (a scalar added to the loss),
+`differences(site, t) -> {name: Update}` (for a rewrite that only adds: what it adds to each parameter),
 `among(sites)` (which of the targets get a part), `observe(base, sites, sample)` (what is learnt from data before
 `calibrate`) with `observes() -> bool` where options decide whether it is, `before_step(part, now)` and
 `after_step(part, now)` (gradients and tensors changed in place, or replaced through `now`), `learning_rates()` and

@@ -20,10 +20,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.core.algebra import Dense, Update
 from tunesmith.core.method import option, register
 from tunesmith.core.sites import Site
 from tunesmith.deltas.weight.difference import added, zeros_like_params
 
+STATISTICS = ("running_mean", "running_var")
 KINDS = ("linear", "conv1d", "conv2d", "embedding", "norm")
 
 
@@ -33,17 +35,25 @@ class Full:
 
     targets: str = option("everything", "which layers to train")
     bias: bool = option(True, "train biases and the shifts of norms too")
+    statistics: bool = option(False, "hold differences of running means and variances too; they never train")
 
     def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """Zeros named after the site's parameters, in canonical orientation, fp32."""
-        return zeros_like_params(site, ("weight", "bias") if self.bias else ("weight",))
+        return zeros_like_params(site, self.touches())
 
     def rewrite(self, site: Site, t: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters plus their differences."""
         return added(params, t)
 
+    def differences(self, site: Site, t: dict[str, Tensor]) -> dict[str, Update]:
+        """What is added, by parameter."""
+        return {n: Dense(d) for n, d in t.items()}
+
     def touches(self) -> tuple[str, ...]:
-        return ("weight", "bias") if self.bias else ("weight",)
+        return ("weight", *(("bias",) if self.bias else ()), *(STATISTICS if self.statistics else ()))
+
+    def frozen(self) -> tuple[str, ...]:
+        return STATISTICS
 
     def fits(self, site: Site) -> str | None:
         """Why the site cannot be used, if so."""

@@ -33,6 +33,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tunesmith.core.algebra import Update
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta, site_seed
 from tunesmith.core.errors import UsageError
@@ -40,7 +41,7 @@ from tunesmith.core.method import MethodInfo, option, register
 from tunesmith.core.sample import Sample
 from tunesmith.core.sites import Site
 from tunesmith.deltas.weight.full import Full
-from tunesmith.deltas.weight.sparse import BIAS, beside, change, changed, entries, survivors
+from tunesmith.deltas.weight.sparse import BIAS, beside, change, changed, differences, entries, survivors
 from tunesmith.deltas.weight.trial import best_free, budget, exactly, unlisted
 
 KINDS = ("linear", "embedding", "conv1d", "conv2d")
@@ -58,6 +59,10 @@ class _Sparse:
     def rewrite(self, site: Site, t: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters plus phi."""
         return changed(site, t, params)
+
+    def differences(self, site: Site, t: dict[str, Tensor]) -> dict[str, Update]:
+        """phi, by parameter."""
+        return differences(site, t)
 
     def forward(self, site: Site, t: dict[str, Tensor], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """The site's output plus that of phi."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.core.algebra import Dense, Update
 from tunesmith.core.method import option, register
 from tunesmith.core.sites import Site
 from tunesmith.deltas.weight.difference import added, zeros_like_params
@@ -38,6 +39,10 @@ class NormTuning:
     def rewrite(self, site: Site, t: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scale and shift plus their differences."""
         return added(params, t)
+
+    def differences(self, site: Site, t: dict[str, Tensor]) -> dict[str, Update]:
+        """What is added, by parameter."""
+        return {n: Dense(d) for n, d in t.items()}
 
     def touches(self) -> tuple[str, ...]:
         return ("weight", "bias") if self.shift else ("weight",)

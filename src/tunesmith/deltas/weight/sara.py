@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.core.algebra import Sparse
+from tunesmith.core.algebra import Sparse, Update
 from tunesmith.core.delta import site_seed
 from tunesmith.core.method import option, register
 from tunesmith.core.sites import Site
@@ -73,6 +73,10 @@ class SaRA:
     def rewrite(self, site: Site, t: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters with p in their places."""
         return sparse.changed(site, t, params)
+
+    def differences(self, site: Site, t: dict[str, Tensor]) -> dict[str, Update]:
+        """p - theta0[M], by parameter."""
+        return sparse.differences(site, t)
 
     def forward(self, site: Site, t: dict[str, Tensor], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         """The site's output plus that of p - theta0[M]."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.core.algebra import Sparse
+from tunesmith.core.algebra import Sparse, Update
 from tunesmith.core.errors import UsageError
 from tunesmith.core.sites import Site
 from tunesmith.deltas.weight.difference import added
@@ -123,8 +123,13 @@ def change(site: Site, t: Mapping[str, Tensor], prefix: str = "") -> Sparse:
 
 def changed(site: Site, t: Mapping[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
     """`params` plus the changes of weight and bias that the site has a store for."""
+    return added(params, {n: u.dense() for n, u in differences(site, t).items()})
+
+
+def differences(site: Site, t: Mapping[str, Tensor]) -> dict[str, Update]:
+    """The changes of weight and bias that the site has a store for."""
     stores = {"weight": "", "bias": BIAS}
-    return added(params, {n: change(site, t, p).dense() for n, p in stores.items() if p + "values" in t})
+    return {n: change(site, t, p) for n, p in stores.items() if p + "values" in t}
 
 
 def beside(site: Site, t: Mapping[str, Tensor], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,7 +6,7 @@
 in the error; `nearest_lora` gives the closest low-rank delta with its error, which PEFT can always read.
 """
 
-from tunesmith.export.peft.nearest import Fit, nearest_lora
+from tunesmith.core.nearest import Fit, nearest_lora
 from tunesmith.export.peft.read import read_peft
 from tunesmith.export.peft.write import WRITERS, write_peft
 

@@ -7,7 +7,6 @@ Everything in an adapter must be accounted for: a tensor nobody took and a setti
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,30 +155,6 @@ def need(tensors: Mapping[str, Tensor], name: str, path: str) -> Tensor:
     if name not in tensors:
         raise DeltaError(f"the tensor {name!r} is missing", where=path, hint=f"there are: {sorted(tensors)}")
     return tensors[name]
-
-
-def targets_of(base: Base, paths: Iterable[str], kinds: Iterable[str]) -> str:
-    """Targets that select exactly these paths: last path parts where those suffice, else every path."""
-    wanted, allowed = sorted(paths), tuple(kinds)
-    short = ",".join(sorted({p.rsplit(".", 1)[-1] for p in wanted}))
-    for text in (short, ",".join(wanted)):
-        try:
-            if sorted(s.path for s in base.sites.select(text, allowed)) == wanted:
-                return text
-        except UsageError:
-            continue
-    return "re:^(" + "|".join(re.escape(p) for p in wanted) + ")$"
-
-
-def common(values: Mapping[str, float], default: float) -> tuple[float, dict[str, float]]:
-    """The most frequent value and a pattern for the paths that differ, longest first (the first that matches counts)."""
-    if not values:
-        return default, {}
-    most = Counter(values.values()).most_common(1)[0][0]
-    odd = {p: v for p, v in values.items() if v != most}
-    if any(q != p and q.endswith("." + p) for p in odd for q in values):  # a path that ends another: name them all
-        odd = dict(values)
-    return most, {p: odd[p] for p in sorted(odd, key=lambda p: (-len(p), p))}
 
 
 def make_part(base: Base, piece: Piece) -> Part:

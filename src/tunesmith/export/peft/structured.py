@@ -13,7 +13,8 @@ from torch import Tensor
 from tunesmith.core import method as methods
 from tunesmith.core.delta import SHARED
 from tunesmith.core.errors import DeltaError, UsageError
-from tunesmith.export.peft.layout import Adapter, Piece, common, need, targets_of
+from tunesmith.core.patterns import common, targets_of
+from tunesmith.export.peft.layout import Adapter, Piece, need
 
 # Our name of a tensor -> PEFT's.
 LOHA = {

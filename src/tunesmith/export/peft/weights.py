@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tunesmith.core import method as methods
 from tunesmith.core.errors import DeltaError, UsageError
-from tunesmith.export.peft.layout import PREFIX, Adapter, Piece, common, need, targets_of
+from tunesmith.core.patterns import common, targets_of
+from tunesmith.export.peft.layout import PREFIX, Adapter, Piece, need
 
 LORA = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
         "lora_magnitude_vector.weight", "lora_B.bias")  # fmt: skip

@@ -18,11 +18,11 @@ from tunesmith.core import method as methods
 from tunesmith.core.base import Base
 from tunesmith.core.delta import SHARED, Delta, Part
 from tunesmith.core.errors import ResourceError, UsageError, nearest
-from tunesmith.core.patterns import pick
+from tunesmith.core.patterns import common, pick
 from tunesmith.core.replace import publish, recover, scratch
 from tunesmith.core.sites import Site
 from tunesmith.export.peft import prompts
-from tunesmith.export.peft.layout import CONFIG, PREFIX, TENSORS, common
+from tunesmith.export.peft.layout import CONFIG, PREFIX, TENSORS
 from tunesmith.export.peft.structured import LOHA, LOKR, VERA
 
 LAYOUT = "0.21.2"  # the version of PEFT whose layout is written

@@ -12,9 +12,9 @@ from tunesmith.core import method as methods
 from tunesmith.core.apply import Application
 from tunesmith.core.base import Base
 from tunesmith.core.carriers import folded, order
-from tunesmith.core.delta import Delta, Part, as_view
+from tunesmith.core.delta import Delta, Part, View, as_view
 from tunesmith.core.errors import UsageError
-from tunesmith.export.peft.layout import targets_of
+from tunesmith.core.patterns import targets_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Fit:
 
 
 @torch.no_grad()
-def nearest_lora(base: Base, delta: Delta, rank: int) -> Fit:
+def nearest_lora(base: Base, delta: Delta | View, rank: int) -> Fit:
     """The LoRA of `rank` nearest to `delta` in Frobenius norm, site by site (truncated SVD, balanced factors).
 
     Raises UsageError for a part that cannot be merged, or a delta that changes no weight matrix.
@@ -39,7 +39,8 @@ def nearest_lora(base: Base, delta: Delta, rank: int) -> Fit:
     if rank < 1:
         raise UsageError(f"a rank is a whole number of 1 or more, got {rank}", where="rank")
     info = methods.get("lora")
-    plan = Application(base, (as_view(delta),)).plan
+    view = as_view(delta)
+    plan = Application(base, (view,)).plan
     tensors: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
     lost: list[str] = []
@@ -64,13 +65,13 @@ def nearest_lora(base: Base, delta: Delta, rank: int) -> Fit:
         errors[path] = (rest / size) ** 0.5 if size else 0.0
         off, total = off + rest, total + size
     if not tensors:
-        raise UsageError("the delta changes no weight that a LoRA can act on", where=delta.name)
+        raise UsageError("the delta changes no weight that a LoRA can act on", where=view.delta.name)
     targets = targets_of(base, tensors, info.kinds)
     part = Part(methods.build("lora", {"rank": rank, "alpha": float(rank), "targets": targets}), kinds.items(),
                 tied="untie")  # fmt: skip
     for path, t in tensors.items():
         for name, value in t.items():
             part.put(path, name, value, trainable=True)
-    facts = {"base": base.fingerprint.to_dict(), "fitted": {"digest": delta.digest, "rank": rank}}
-    made = Delta(f"{delta.name}-rank{rank}", [part], provenance=facts)
+    facts = {"base": base.fingerprint.to_dict(), "fitted": {"digest": view.delta.digest, "rank": rank}}
+    made = Delta(f"{view.delta.name}-rank{rank}", [part], provenance=facts)
     return Fit(made, errors, (off / total) ** 0.5 if total else 0.0, tuple(lost))
