@@ -40,7 +40,9 @@ def run(ctx: Context) -> Raw:
         found = ctx.cell({"sweep": sweep, "pairs": sizes.pairs}, lambda s=sweep, z=sizes: sweeps.one_sweep(ctx, s, z))
         for arm in ARMS:
             raw["arms"][arm].append({"seed": sweep, **found["arms"][arm]})
-        raw["sweeps"].append({key: found[key] for key in ("configs", "dev", "ingredients", "dev of the soup", "learned")})
+        raw["sweeps"].append(
+            {key: found[key] for key in ("configs", "dev", "ingredients", "dev of the soup", "learned")}
+        )
         raw["pairs"] += found["pairs"]
         ctx.progress(k + 1, len(ctx.seeds))
         ctx.log(f"sweep {sweep}: {len(found['ingredients'])} of {len(found['dev'])} models in the greedy soup")

@@ -62,7 +62,9 @@ def run(ctx: Context) -> Raw:
         return made[0].world(name, seed)
 
     first = ctx.seeds[0]
-    tuning = {lr: ctx.cell({"rate": lr, "seed": first}, lambda lr=lr: _dev_after(world, first, lr, steps)) for lr in LRS}
+    tuning = {
+        lr: ctx.cell({"rate": lr, "seed": first}, lambda lr=lr: _dev_after(world, first, lr, steps)) for lr in LRS
+    }
     lr = max(LRS, key=lambda lr: (sum(tuning[lr]), -lr))
     raw: Raw = {"arms": {arm: [] for arm in ARMS}, "ablations": [], "singles": [], "tuning": {str(k): v for k, v in tuning.items()},
                 "lr": lr}  # fmt: skip
@@ -109,7 +111,13 @@ def one_seed(world: Any, seed: int, lr: float, steps: int, methods: Mapping[str,
         trials = [100 * mean(shares(worlds, _scaled(base, whole, s), singles["dev"], "dev")) for s in SCALES]
         scale = SCALES[max(range(len(SCALES)), key=lambda i: (trials[i], -i))]
         each = shares(worlds, _scaled(base, whole, scale), singles["test"], "test")
-        out[name] = {"metric": 100 * mean(each), "tasks": [100 * e for e in each], "scale": scale, "dev": max(trials), "trials": trials}
+        out[name] = {
+            "metric": 100 * mean(each),
+            "tasks": [100 * e for e in each],
+            "scale": scale,
+            "dev": max(trials),
+            "trials": trials,
+        }
     return {"methods": out, "singles": singles["test"], "base": shares(worlds, None, singles["test"], "test")}
 
 

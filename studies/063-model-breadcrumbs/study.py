@@ -54,9 +54,16 @@ def run(ctx: Context) -> Raw:
         return made[0].world(name, seed)
 
     first = ctx.seeds[0]
-    tuning = {lr: ctx.cell({"rate": lr, "seed": first}, lambda lr=lr: _dev_after(world, first, lr, steps)) for lr in LRS}
+    tuning = {
+        lr: ctx.cell({"rate": lr, "seed": first}, lambda lr=lr: _dev_after(world, first, lr, steps)) for lr in LRS
+    }
     lr = max(LRS, key=lambda lr: (sum(tuning[lr]), -lr))
-    raw: Raw = {"arms": {arm: [] for arm in ARMS}, "singles": [], "lr": lr, "tuning": {str(k): v for k, v in tuning.items()}}
+    raw: Raw = {
+        "arms": {arm: [] for arm in ARMS},
+        "singles": [],
+        "lr": lr,
+        "tuning": {str(k): v for k, v in tuning.items()},
+    }
     for i, seed in enumerate(ctx.seeds):
         found = ctx.cell({"seed": seed, "lr": lr}, lambda s=seed: one_seed(world, s, lr, steps))
         for arm in ARMS:
@@ -103,7 +110,14 @@ def one_seed(world: Any, seed: int, lr: float, steps: int) -> dict[str, Any]:
         for n in COUNTS:
             found = shares(worlds[:n], scale(base, merge(base, deltas[:n], method), s), singles["test"][:n], "test")
             at[str(n)] = 100 * mean(found)
-        out[arm] = {"metric": at[str(COUNTS[-1])], "counts": at, "method": method, "scale": s, "dev": trials[best], "trials": trials}
+        out[arm] = {
+            "metric": at[str(COUNTS[-1])],
+            "counts": at,
+            "method": method,
+            "scale": s,
+            "dev": trials[best],
+            "trials": trials,
+        }
     return {"methods": out, "singles": singles["test"]}
 
 
@@ -128,7 +142,9 @@ def verdict(raw: Raw) -> Verdict:
     reasons.append(f"from {first} to {last} tasks breadcrumbs lose {drop[CRUMBS]:.2f}, task arithmetic {drop[TA]:.2f}")
     a = statistics[f"{CRUMBS} - {TA} at {last}"]
     holds = a["low"] > 0 and drop[TA] - drop[CRUMBS] > 0
-    return Verdict("reproduced" if holds else "not reproduced" if a["mean"] <= 0 else "inconclusive", reasons, statistics)
+    return Verdict(
+        "reproduced" if holds else "not reproduced" if a["mean"] <= 0 else "inconclusive", reasons, statistics
+    )
 
 
 STUDY = Study(

@@ -146,7 +146,7 @@ def test_the_learned_weight_lies_in_its_range_and_lower_interference_means_more(
 
 
 def test_two_sources_and_matrices_of_one_shape_are_needed(lm: Base) -> None:
-    with pytest.raises(UsageError, match="two sources, got 3"):
+    with pytest.raises(UsageError, match="takes 2 sources, got 3"):
         merged(EnchTable(), random_changes(lm, 3), (1.0,) * 3)
     for a, b in ((torch.ones(2), torch.ones(2)), (torch.ones(2, 2), torch.ones(2, 3))):
         with pytest.raises(UsageError, match="one shape"):

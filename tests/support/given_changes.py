@@ -24,7 +24,7 @@ class Given:
             for name, value in s.params().items():
                 key = f"{s.path}.{name}" if s.path else name
                 if any(key in source for source in self.sources) and key not in self._places:
-                    self._places[key] = Place(s.path, name, tuple(value.shape), s.kind, s.depth, s.of,
+                    self._places[key] = Place(s.path, name, tuple(value.shape), s.kind, s.depth, s.of, s.tied if name == "weight" else (),
                                               base=lambda v=value: wide(v.detach()))  # fmt: skip
         missing = {k for s in self.sources for k in s} - set(self._places)
         assert not missing, missing

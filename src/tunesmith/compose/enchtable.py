@@ -92,7 +92,10 @@ def _cross(uu: Tensor, S: Tensor, vv: Tensor) -> Tensor:
     return ((uu * S) @ vv.T).abs().sum()
 
 
-@combiner("enchtable", paper="2511.09880")
+@combiner(
+    "enchtable", paper="2511.09880", whole={}, most=2,
+    expected={"linear": "the scale depends on the norms", "order": "the first source is the task, the second the safety change"},
+)  # fmt: skip
 class EnchTable:
     """Add a safety change to a task's, scaled by norm and per matrix by interference. Sources: task, then safety."""
 
@@ -104,11 +107,10 @@ class EnchTable:
         choices=("formula", "learned", "none"),
     )  # fmt: skip
 
-    def survey(self, changes: Changes, weights: Sequence[float]) -> float:
-        """a: what the safety change is multiplied by."""
+    def survey(self, changes: Changes, weights: Sequence[float], now: Now) -> float:
+        """a: what the safety change is multiplied by; 0 without one."""
         if len(changes.names) != 2:
-            hint = "the task's delta first, then the safety delta"
-            raise UsageError(f"enchtable takes two sources, got {len(changes.names)}", hint=hint)
+            return 0.0
         task, safety = 0.0, 0.0
         for place in changes.places():
             t, s = changes.at(place)
@@ -119,7 +121,7 @@ class EnchTable:
 
     def combine(self, at: Place, changes: Sequence[Update | None], weights: Sequence[float], now: Now) -> Update | None:
         """D_t + w a D_s."""
-        t, s = changes
+        t, s = (*changes, None)[:2]
         t = t if t is None or weights[0] == 1 else t.scaled(weights[0])
         if t is None or s is None or not now.surveyed:
             return t

@@ -236,13 +236,13 @@ def _score(base: Base, delta: Any, score: Any, batches: Any, loss: Any) -> float
     return -sum(float(v) for v, _ in found) / max(1, sum(int(n) for _, n in found))
 
 
-@combiner("graft", paper="2302.06600")
+@combiner("graft", paper="2302.06600", whole={"share": 1.0}, expected={"linear": "what is kept depends on the values"})
 class MovementGraft:
     """Keep only the entries that moved most, over all tensors: the start of skill localisation, without its search."""
 
     share: float = option(1e-4, "share of all entries to keep in each source", low=0.0, high=1.0)
 
-    def survey(self, changes: Changes, weights: Sequence[float]) -> list[Masks]:
+    def survey(self, changes: Changes, weights: Sequence[float], now: Now) -> list[Masks]:
         """Flat places of the kept entries of each source, by key."""
         found = []
         for i in range(len(changes.names)):

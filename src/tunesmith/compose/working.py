@@ -29,23 +29,24 @@ Pairs = Iterable[tuple[Place, Update]]
 def dense_delta(base: Base, changes: Pairs, name: str = "merged") -> Delta:
     """A delta that holds each change as a dense difference, fp32 or wider, in canonical orientation.
 
-    A tied weight changes on both sides. Raises UsageError for no changes, or one at a place that is no site.
+    A tied weight changes on the sides its place names. Raises UsageError for no changes, or one at a place that is no site.
     """
     found: dict[str, tuple[Place, dict[str, Tensor]]] = {}
     for place, change in changes:
         if not place.kind:
             raise UsageError("a tensor that belongs to no site cannot be worked on", where=place.key)
         # a copy: the difference is written in place, and an update may share its tensors
-        found.setdefault(place.path, (place, {}))[1][place.name] = change.dense().detach().clone()
+        held = found.setdefault(place.path, (place, {}))
+        held[1][place.name] = change.dense().detach().clone()
+        if place.tied:
+            found[place.path] = (place, held[1])
     if not found:
         raise UsageError("there is no change to work on", where=name)
     method = methods.build("full", {})
     sites = {path: base.sites.of(path, place.kind) for path, (place, _) in found.items()}
-    alias: dict[str, str] = {}
-    for path, s in sites.items():
-        if "weight" in found[path][1]:
-            alias.update({other: path for other in s.tied if other not in sites})
-    part = Part(method, [(p, s.kind) for p, s in sites.items()], alias=alias)
+    alias = {other: path for path, (place, _) in found.items() for other in place.tied}
+    tied = "both" if alias else "untie"
+    part = Part(method, [(p, s.kind) for p, s in sites.items()], alias=alias, tied=tied)
     for path, (_, tensors) in found.items():
         for key, value in tensors.items():
             part.put(path, key, value.to(base.device), trainable=True)
