@@ -236,3 +236,30 @@ def test_the_pull_is_the_formula() -> None:
         darex.AdamR(weights(), anchors=start[:1])
     with pytest.raises(UsageError, match="unknown form"):
         darex.AdamR(weights(), form="l3")
+
+
+@pytest.mark.parametrize("form", ["l1", "l2"])
+def test_the_option_of_full_fine_tuning_is_adamr_on_its_differences(form: str) -> None:
+    from tunesmith.core.delta import Delta
+    from tunesmith.deltas import Full
+    from tunesmith.train.surgery import Now
+
+    base = Base(torch.nn.Linear(3, 4).requires_grad_(False), example=(torch.ones(2, 3),))
+    delta = Delta.create(base, Full(pull=0.3, pull_form=form))
+    part = delta.parts[0]
+    mine = [t for _, _, t in part.items()]
+    theirs = [torch.nn.Parameter(torch.zeros_like(t)) for t in mine]
+    ours = torch.optim.AdamW(mine, lr=0.01, weight_decay=0.0)
+    peer = darex.AdamR(theirs, lr=0.01, pull=0.3, form=form)
+    for n in range(1, 7):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = 4.0 * (a.detach() * n + n).cos()  # as with a loss scale of 4
+            b.grad = a.grad / 4
+        part.method.before_step(part, Now(part, n, 6, 1.0, ours, scale=4.0))
+        for a in mine:
+            a.grad = a.grad / 4
+        ours.step()
+        peer.step()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert any(bool(t.any()) for t in mine)

@@ -29,6 +29,7 @@ from tunesmith.compose.working import dense_delta, gradients, write
 from tunesmith.core.algebra import Dense, Sparse, Update
 from tunesmith.core.combine import Changes, Now, Place
 from tunesmith.core.errors import UsageError
+from tunesmith.core.pull import FORMS, mean_second_moment, pull
 from tunesmith.core.sample import Sample, inputs
 
 if TYPE_CHECKING:
@@ -305,7 +306,9 @@ def learned_q(
 
 
 class AdamR(torch.optim.Adam):
-    """Adam with a pull of the parameters to their start, so that deltas stay small enough to be pruned.
+    """Adam with a pull of the parameters to their start, so that deltas stay small enough to be pruned (see `core.pull`).
+
+    The loop has the same pull as an option of full fine-tuning, `full:pull=1e-4`.
 
         theta <- theta - wd * lr / sqrt(mean v_hat) * (theta - theta_0)      before each Adam step
 
@@ -328,7 +331,7 @@ class AdamR(torch.optim.Adam):
         form: str = "l2",
         anchors: Sequence[Tensor] | None = None,
     ) -> None:
-        if form not in ("l1", "l2"):
+        if form not in FORMS:
             raise UsageError(f"unknown form {form!r}", where="AdamR.form", hint="choices: l1, l2")
         if not 0 <= pull < math.inf:
             raise UsageError(f"must be a finite number of 0 or more, got {pull}", where="AdamR.pull")
@@ -353,21 +356,7 @@ class AdamR(torch.optim.Adam):
 
     def _pull(self) -> None:
         group = self.param_groups[0]
-        beta2, total, count = group["betas"][1], 0.0, 0
         moving = [(t, a) for t, a in zip(group["params"], self._anchors, strict=True) if t.grad is not None]
-        for t, _ in moving:
-            state = self.state.get(t, {})
-            n = float(state.get("step", 0)) + 1
-            v = (1 - beta2) * t.grad.double().square()
-            if state:
-                v = v + beta2 * state["exp_avg_sq"].double()
-            total, count = total + float(v.sum()) / (1 - beta2**n), count + t.numel()
-        if not count:
-            return
-        rate = self.pull * group["lr"] / max(math.sqrt(total / count), 1e-30)
+        mean = mean_second_moment(((t.grad, self.state.get(t, {})) for t, _ in moving), group["betas"][1])
         for t, a in moving:
-            away = t - a
-            if self.form == "l2":
-                t.sub_(min(rate, 1.0) * away)
-            else:
-                t.sub_(away.sign() * away.abs().clamp(max=rate))
+            pull(t, a, self.pull, group["lr"], mean, self.form)
