@@ -82,9 +82,12 @@ def test_phi_is_symmetric_about_a_half_where_it_is_a_half() -> None:
             darex.phi(bad)
 
 
-def test_the_analytic_q_of_a_row_is_where_its_bound_is_smallest() -> None:
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_analytic_q_of_a_row_is_where_its_bound_is_smallest(stops: bool) -> None:
     g = torch.Generator().manual_seed(0)
     c = torch.randn(7, 30, generator=g)
+    if stops:  # sums of one sign: the bias grows with q, so that the walk ends early
+        c = 0.1 * c + torch.linspace(0.1, 0.5, 7)[:, None]
     p, eta = 0.9, 0.8
     found = darex.rows_q(c, p, eta, share=2.0)  # never stops early
     grid = torch.arange(0.1, 0.999, 1e-3, dtype=torch.float64)
@@ -97,6 +100,20 @@ def test_the_analytic_q_of_a_row_is_where_its_bound_is_smallest() -> None:
     torch.testing.assert_close(found, grid[first], atol=1e-6, rtol=0)
     assert ((found >= 1 - p) & (found < 1)).all() and found.std() > 0
     early = darex.rows_q(c, p, eta)
+    best, at, past, walked = (
+        torch.full((7,), math.inf).double(),
+        torch.full((7,), 0.1).double(),
+        torch.zeros(7).bool(),
+        0,
+    )
+    for i, value in enumerate(bound.T):  # the walk of the released code
+        better = (value < best) & ~past
+        at[better], best[better] = grid[i], value[better]
+        past, walked = past | (value > best), i
+        if float(past.double().mean()) >= 0.8:
+            break
+    torch.testing.assert_close(early, at, atol=1e-6, rtol=0)
+    assert (walked < len(grid) - 1) == stops
     assert (early <= found + 1e-9).all() and (darex.rows_q(torch.zeros(3, 4), p, eta) == 1 - p).all()
 
 

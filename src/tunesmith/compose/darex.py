@@ -157,21 +157,17 @@ def rows_q(c: Tensor, p: float, eta: float, *, gamma: float = 0.95, step: float 
     if not 0 < gamma < 1:
         raise UsageError(f"must lie between 0 and 1, got {gamma}", where="gamma")
     c = c.double()
-    a, b = c.sum(-1), c.square().sum(-1)  # [rows]
-    first = 1 - p
-    best = torch.full_like(a, math.inf)
-    q = torch.full_like(a, first)
-    past = torch.zeros_like(a, dtype=torch.bool)
-    count = max(1, math.ceil((0.999 - first) / step - 1e-9))
-    for i in range(count):
-        now = first + i * step
-        bound = (eta * (1 - first / now) * a + eta**2 * phi(p) * b / (4 * now**2) + math.log(2 / (1 - gamma))).abs()
-        better = (bound < best) & ~past
-        q[better], best[better] = now, bound[better]
-        past |= bound > best
-        if float(past.double().mean()) >= share:
-            break
-    return q
+    a, b = c.sum(-1)[:, None], c.square().sum(-1)[:, None]  # [rows, 1]
+    count = max(1, math.ceil((0.999 - (1 - p)) / step - 1e-9))
+    grid = (1 - p) + step * torch.arange(count, dtype=torch.float64, device=c.device)  # [G]
+    bound = (eta * (1 - (1 - p) / grid) * a + eta**2 * phi(p) * b / (4 * grid**2) + math.log(2 / (1 - gamma))).abs()
+    least = bound.cummin(1).values
+    rises = torch.nn.functional.pad(bound[:, 1:] > least[:, :-1], (1, 0))
+    first = torch.where(rises.any(1), rises.int().argmax(1), count)  # [rows], where a row is past its smallest value
+    wanted = math.ceil(share * len(first))
+    stop = int(first.sort().values[wanted - 1]) if 0 < wanted <= len(first) else count
+    last = torch.minimum(first - 1, torch.as_tensor(stop)).clamp(0, count - 1)
+    return grid[(bound == least.gather(1, last[:, None])).int().argmax(1)]
 
 
 @dataclass(frozen=True)
@@ -223,9 +219,10 @@ def analytic_q(
         c = D * means[path].to(D)  # [out, in]
         if path in biases:
             c = torch.cat([c, biases[path][1][:, None]], 1)
-        q[f"{path}.weight" if path else "weight"] = float(rows_q(c, p, eta, gamma=gamma).mean())
+        found = float(rows_q(c, p, eta, gamma=gamma).mean())
+        q[f"{path}.weight" if path else "weight"] = found
         if path in biases:
-            q[biases[path][0]] = float(rows_q(c, p, eta, gamma=gamma).mean())
+            q[biases[path][0]] = found
     return LayerQ(q, p, {"eta": eta, "gamma": gamma, "weights": len(weights)})
 
 

@@ -8,7 +8,7 @@ changes of several tasks can be merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,21 +135,34 @@ class ProbeWorld:
     def retention(self) -> dict[str, float]:
         return {}
 
-    def fresh(self, seed: int, targets: str = "everything") -> Delta:
-        """An untrained change of the backbone with the fixed head beside it."""
+    def fresh(self, seed: int, **options: Any) -> Delta:
+        """An untrained change of the backbone with the fixed head beside it; `options` are those of `full`."""
         head = methods.build("head", {"classes": len(self.probe.b), "pool": self.pool})
-        delta = Delta.create(self.base, methods.build("full", {"targets": targets}), head, seed=seed)
+        delta = Delta.create(self.base, methods.build("full", options), head, seed=seed)
         part = delta.part("head")
         for path in part.kind_of:
             part.put(path, "W", self.probe.W, trainable=False)
             part.put(path, "b", self.probe.b, trainable=False)
         return delta
 
-    def tuned(self, lr: float, steps: int, seed: int, **settings: Any) -> Delta:
+    def tuned(
+        self, lr: float, steps: int, seed: int, options: Mapping[str, Any] | None = None, **settings: Any
+    ) -> Delta:
         """The backbone's change after `steps` of full fine-tuning under the fixed head; the head is not in it."""
-        delta = self.fresh(seed, settings.pop("targets", "everything"))
+        delta = self.fresh(seed, **dict(options or {}))
         train(self, [], lr=lr, steps=steps, seed=seed, start=delta, **settings)
         return Delta(self.name, [delta.part("full")], provenance=delta.provenance)
+
+
+def text_task(world: UpperWorld, classes: int) -> ProbeWorld:
+    """The upper blocks of a text world under a head that is fitted on its training rows and stays fixed."""
+    learn = world.task.rows
+    probe = fit_probe(pooled_states(world, learn), torch.tensor(learn.labels), classes)
+    held = {s: (world.held[s], torch.tensor(world.held[s].labels)) for s in ("dev", "test")}
+    return ProbeWorld(
+        world.name, world.base, world.task, held, lambda rows: pooled_states(world, rows), probe, world.batch,
+        world.precision, pool="mean",
+    )  # fmt: skip
 
 
 def shares(worlds: Sequence[ProbeWorld], delta: Delta | None, singles: Sequence[float], split: str) -> list[float]:
