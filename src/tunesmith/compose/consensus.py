@@ -41,7 +41,7 @@ from tunesmith.compose import sparsify
 from tunesmith.compose.ranking import order_statistics
 from tunesmith.compose.sparsify import RESCALES
 from tunesmith.core.algebra import Dense, Sparse, Update
-from tunesmith.core.combine import Changes, Now, Place, combiner
+from tunesmith.core.combine import Changes, Now, Place, combiner, dense
 from tunesmith.core.method import option
 
 ENTRY = 3  # numbers of fp32 that an entry with its place takes
@@ -70,7 +70,7 @@ def together(
         total, divisor = torch.zeros_like(total), torch.zeros_like(total)
         for w, d in terms:
             pull = w * d.double()
-            agrees = torch.where(up, pull > 0, pull < 0)
+            agrees = torch.where(up, pull > 0, pull < 0).double()
             total += pull * agrees
             divisor += w * agrees
         if normalize:
@@ -117,8 +117,7 @@ class Ties(_Engine):
 
         def stream() -> Iterator[list[Tensor]]:
             for place in changes.places():
-                found = changes.at(place)
-                yield [torch.zeros(place.shape) if u is None else u.dense().abs() for u in found]
+                yield [d.abs() for d in dense(place, changes.at(place))]
 
         k = min(total, max(1, int(self.density * total)))
         return [least for (least,) in order_statistics(stream, [total - k])] if total else []

@@ -8,6 +8,7 @@ Left open, alpha is (||sum_i D_i||_1 / ||D||_1) / n over all tensors, with D wha
 the last block as it is. Stacks of an encoder and a decoder are counted apart (a choice made here, as is the case L = 1).
 Norms inside blocks are scaled with their block. Low-rank changes stay low-rank.
 
+Linear in the changes where what it scales is, as the default is.
 Use when: one fine-tuned model forgets too much, or merged ones interfere. `scale(base, delta, depth="linear", start=.1)`
 is the same for one delta. Blocks are found by structure, not by numbers in names.
 
@@ -33,9 +34,7 @@ class _Seen:
     beta: float
 
 
-@combiner(
-    "lines", paper="2410.17146", whole={"alpha": 1.0, "beta": 0.0}, expected={"linear": "an open alpha depends on the values"}
-)  # fmt: skip
+@combiner("lines", paper="2410.17146", linear=True, whole={"alpha": 1.0, "beta": 0.0})
 class Lines:
     """Scale the result of another combiner by depth."""
 

@@ -55,7 +55,7 @@ def merge(
         raise UsageError("merge takes a list with at least one delta", hint="merge(base, [a, b])")
     how = combiner_of(method)
     views = [as_view(d) for d in deltas]
-    given = [1.0] * len(views) if weights is None else [float(w) for w in weights]
+    given = [1.0] * len(views) if weights is None else [_number(w) for w in weights]
     if len(given) != len(views):
         raise UsageError(f"{len(views)} deltas and {len(given)} weights", hint="one weight for each delta")
     counted = [(v, w) for v, w in zip(views, given, strict=True) if w != 0]
@@ -75,6 +75,12 @@ def merge(
         base, combined(how, changes, rest, seed=seed), name=label, facts=facts, others=others, lineage=parents(used),
         layout=layout,
     )  # fmt: skip
+
+
+def _number(w: Any) -> float:
+    if isinstance(w, bool) or not isinstance(w, int | float):
+        raise UsageError(f"a weight must be a number, got {w!r}", where="weights")
+    return float(w)
 
 
 def combiner_of(method: str | Any) -> Any:

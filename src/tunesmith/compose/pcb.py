@@ -32,7 +32,7 @@ from torch import Tensor
 from tunesmith.compose.consensus import lightest
 from tunesmith.compose.ranking import order_statistics
 from tunesmith.core.algebra import Update
-from tunesmith.core.combine import Changes, Now, Place, combiner
+from tunesmith.core.combine import Changes, Now, Place, combiner, dense
 from tunesmith.core.method import option
 
 TINY = 1e-12
@@ -108,4 +108,4 @@ def minmax(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def _dense(at: Place, changes: Sequence[Update | None]) -> list[Tensor]:
-    return [torch.zeros(at.shape) if u is None else u.dense().float() for u in changes]
+    return [d.float() for d in dense(at, changes)]

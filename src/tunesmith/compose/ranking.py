@@ -15,6 +15,7 @@ from torch import Tensor
 from tunesmith.core.errors import UsageError
 
 HALF = 1 << 16
+PIECE = 1 << 20  # small tensors are counted together, since every count costs a pass over all bins
 Stream = Callable[[], Iterator[Sequence[Tensor]]]
 
 
@@ -25,13 +26,13 @@ def order_statistics(stream: Stream, ranks: Sequence[int]) -> list[list[float]]:
     an entry that is NaN.
     """
     upper: list[Tensor] = []
-    for tensors in stream():
+    for tensors in _pieces(stream()):
         upper = upper or [torch.zeros(HALF, dtype=torch.int64) for _ in tensors]
         for count, t in zip(upper, tensors, strict=True):
             count += torch.bincount(_key(t) >> 16, minlength=HALF).cpu()
     found = [[_bin(count, r) for r in ranks] for count in upper]
     lower = [{b: torch.zeros(HALF, dtype=torch.int64) for b, _ in bins} for bins in found]
-    for tensors in stream():
+    for tensors in _pieces(stream()):
         for counts, t in zip(lower, tensors, strict=True):
             key = _key(t)
             for b, count in counts.items():
@@ -40,6 +41,18 @@ def order_statistics(stream: Stream, ranks: Sequence[int]) -> list[list[float]]:
         [_value((b << 16) | _bin(counts[b], left)[0]) for b, left in bins]
         for bins, counts in zip(found, lower, strict=True)
     ]
+
+
+def _pieces(tensors: Iterator[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+    """The same entries in flat pieces of `PIECE` or more, but for the last."""
+    held: list[list[Tensor]] = []
+    for some in tensors:
+        held.append([t.detach().reshape(-1).float() for t in some])
+        if sum(len(h[0]) for h in held) >= PIECE:
+            yield [torch.cat(one) for one in zip(*held, strict=True)]
+            held = []
+    if held:
+        yield [torch.cat(one) for one in zip(*held, strict=True)]
 
 
 def _key(t: Tensor) -> Tensor:

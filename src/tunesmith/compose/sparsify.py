@@ -21,10 +21,23 @@ def rows(D: Tensor, per: str) -> Tensor:
     return D.reshape(D.shape[0], -1) if per == "row" and D.dim() > 1 else D.reshape(1, -1)
 
 
+def largest(D: Tensor, k: int) -> Tensor:
+    """Mask of the k entries of largest magnitude in each row of D [rows, n], the lower index first where they tie."""
+    n = D.shape[1]
+    if k <= 0 or k >= n:
+        return torch.full_like(D, k > 0, dtype=torch.bool)
+    size = D.abs()
+    least = torch.kthvalue(size, n - k + 1, dim=1, keepdim=True).values
+    above, level = size > least, size == least
+    left = k - above.sum(1, keepdim=True)
+    if bool((level.sum(1, keepdim=True) > left).any()):
+        level &= level.cumsum(1) <= left
+    return above | level
+
+
 def band(D: Tensor, first: int, last: int) -> Tensor:
     """Mask of the entries whose rank by falling magnitude within their row of D [rows, n] lies in first .. last - 1."""
-    order = torch.sort(D.abs(), dim=1, descending=True, stable=True).indices
-    return torch.zeros_like(D, dtype=torch.bool).scatter_(1, order[:, first:last], True)
+    return largest(D, last) & ~largest(D, first)
 
 
 def magnitude(D: Tensor, density: float, per: str = "tensor") -> Tensor:

@@ -25,17 +25,15 @@ from torch import Tensor
 
 from tunesmith.compose.linear import shares
 from tunesmith.core.algebra import Dense, Update
-from tunesmith.core.combine import Now, Place, combiner
+from tunesmith.core.combine import Now, Place, combiner, dense
 from tunesmith.core.method import option
 
 PARALLEL = 0.9995
 CURVED = {"linear": "a mean on the sphere is not linear in the changes"}
 
 
-def _dense(at: Place, change: Update | None, like: Tensor | None = None) -> Tensor:
-    if change is not None:
-        return change.dense().double()
-    return torch.zeros(at.shape, dtype=torch.float64, device=None if like is None else like.device)
+def _dense(at: Place, changes: Sequence[Update | None]) -> list[Tensor]:
+    return [d.double() for d in dense(at, changes)]
 
 
 def _like(found: Tensor, changes: Sequence[Update | None]) -> Dense:
@@ -53,7 +51,7 @@ class Slerp:
         if len(changes) == 1:
             return changes[0]
         W = at.base().double()
-        D = [_dense(at, u, W) for u in changes]
+        D = _dense(at, changes)
         a, b = (_unit(W + d) for d in D)
         cos = float((a * b).sum().clamp(-1, 1))
         t = shares(weights)[1]
@@ -73,7 +71,7 @@ class NuSlerp:
         if len(changes) == 1:
             return changes[0]
         t = shares(weights)[1]
-        a, b = (_dense(at, u) for u in changes)
+        a, b = _dense(at, changes)
         if self.flatten:
             a, b = a.reshape(-1), b.reshape(-1)
         elif self.row_wise:
@@ -99,7 +97,7 @@ class Karcher:
         if len(changes) == 1:
             return changes[0]
         W, share = at.base().double(), shares(weights)
-        whole = [(s, W + _dense(at, u, W)) for s, u in zip(share, changes, strict=True)]
+        whole = [(s, W + d) for s, d in zip(share, _dense(at, changes), strict=True)]
         scale = sum(s * float(x.norm()) for s, x in whole)
         units = [(s, _unit(x)) for s, x in whole if float(x.norm()) > self.tol]
         if not units:

@@ -21,7 +21,7 @@ import torch
 
 from tunesmith.compose.linear import weighted
 from tunesmith.core.algebra import Dense, Update, inner, norm
-from tunesmith.core.combine import Now, Place, combiner
+from tunesmith.core.combine import Now, Place, combiner, dense
 from tunesmith.core.errors import UsageError
 from tunesmith.core.method import option
 
@@ -40,13 +40,13 @@ class ModelStock:
         if max(weights) - min(weights) > 1e-9 * max(map(abs, weights)):
             raise UsageError(f"model-stock has no weights, got {list(weights)}", hint="give all sources the same")
         if self.filter_wise and len(at.shape) > 1:
-            D = torch.stack([torch.zeros(at.shape).flatten(1) if u is None else u.dense().flatten(1) for u in changes])
+            D = torch.stack([d.flatten(1) for d in dense(at, changes)])
             size = D.norm(dim=-1)  # [n, rows]
             pairs = [
                 (D[i] * D[j]).sum(-1) / (size[i] * size[j]).clamp_min(1e-30) for i in range(n) for j in range(i + 1, n)
             ]
             cos = torch.stack(pairs).mean(0).clamp(-1, 1)
-            ratio = torch.tensor([_ratio(float(c), n) for c in cos], dtype=D.dtype)
+            ratio = torch.tensor([_ratio(float(c), n) for c in cos], dtype=D.dtype, device=D.device)
             return Dense((ratio[:, None] * D.mean(0)).reshape(at.shape))
         found = [u for u in changes if u is not None]
         sizes = [float(norm(u)) for u in found]

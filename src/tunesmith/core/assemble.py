@@ -92,10 +92,21 @@ def low_rank(update: Update) -> LowRank | None:
     return update if isinstance(update, LowRank) else None
 
 
-def joined(terms: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in * kernel] of a sum, r the sum of the ranks; scales go into B."""
-    B = torch.cat([wide(t.B) * t.scale for t in terms], 1)
-    return B, torch.cat([wide(t.A) for t in terms])
+def joined(terms: Sequence[LowRank]) -> tuple[Tensor, Tensor] | None:
+    """B [out, r] and A [r, in * kernel] of a sum, r the sum of the ranks; scales go into B.
+
+    Terms of one A add their B, so that a delta less itself is nothing; None where B is zero.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    for t in terms:
+        B, A = wide(t.B) * t.scale, wide(t.A)
+        same = next((i for i, (_, other) in enumerate(found) if other is A or torch.equal(other, A)), None)
+        if same is None:
+            found.append((B, A))
+        else:
+            found[same] = (found[same][0] + B, A)
+    found = [(B, A) for B, A in found if bool(B.any())]
+    return (torch.cat([B for B, _ in found], 1), torch.cat([A for _, A in found])) if found else None
 
 
 def coalesced(terms: Sequence[Sparse | Rows]) -> tuple[Tensor, Tensor] | None:

@@ -99,6 +99,13 @@ class Now:
         return torch.Generator().manual_seed(site_seed(self.seed, f"{place.key}#{name}"))
 
 
+def dense(at: Place, changes: Sequence[Update | None]) -> list[Tensor]:
+    """Every change as a tensor of the place's shape, zeros where there is none, on one device."""
+    found = [None if u is None else u.dense() for u in changes]
+    like = next((d for d in found if d is not None), torch.empty(0))
+    return [torch.zeros(at.shape, dtype=like.dtype, device=like.device) if d is None else d for d in found]
+
+
 class Combiner(Protocol):
     """One way to make one change of several."""
 

@@ -131,7 +131,7 @@ class LTSFT(_Sparse):
             s.path: {n: change(s, found[s.path], p).dense() for n, p in STORES.items() if f"{p}values" in found[s.path]}
             for s in sites if s.path in found
         }  # fmt: skip
-        method = _Trial(exactly(sites), self.bias, start, self.l1 / N)
+        method = _Trial(targets=exactly(sites), bias=self.bias, start=start, pull=self.l1 / N)
         part = sample.trained(base, [method], self.trial).parts[0]
         return {(path, name): part.parameter(path, name).detach().abs().cpu() for path, name, _ in places}
 
