@@ -240,7 +240,7 @@ def _score(base: Base, delta: Any, score: Any, batches: Any, loss: Any) -> float
 class MovementGraft:
     """Keep only the entries that moved most, over all tensors: the start of skill localisation, without its search."""
 
-    share: float = option(1e-4, "share of all entries to keep in each source", low=0.0, high=1.0)
+    share: float = option(0.01, "share of all entries to keep in each source", low=0.0, high=1.0)
 
     def survey(self, changes: Changes, weights: Sequence[float], now: Now) -> list[Masks]:
         """Flat places of the kept entries of each source, by key."""
