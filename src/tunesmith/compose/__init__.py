@@ -12,6 +12,8 @@ What comes out is a delta like any other, stored in the lightest form that holds
 from tunesmith.compose.build import build
 from tunesmith.compose.collect import DeltaChanges
 from tunesmith.compose.consensus import Breadcrumbs, BreadcrumbsTies, Dare, DareTies, Della, DellaLinear, Ties
+from tunesmith.compose.enchtable import EnchTable
+from tunesmith.compose.graft import MovementGraft
 from tunesmith.compose.linear import Linear, TaskArithmetic
 from tunesmith.compose.lines import Lines
 from tunesmith.compose.merge import Compressed, compress, merge, negate, scale, subtract
@@ -32,10 +34,12 @@ __all__ = [
     "Della",
     "DellaLinear",
     "DeltaChanges",
+    "EnchTable",
     "Karcher",
     "Linear",
     "Lines",
     "ModelStock",
+    "MovementGraft",
     "NuSlerp",
     "Slerp",
     "TaskArithmetic",
