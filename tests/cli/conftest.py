@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.cli.main import main

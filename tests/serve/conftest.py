@@ -1,43 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny Llama with grouped heads, and deltas on it."""
+"""The tiny Llama that the tests of serving share."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
+from serve_cases import tiny_llama
 
 from tunesmith.core.base import Base
-from tunesmith.core.delta import Delta
-
-
-def tiny_llama(seed: int = 0, **changes: Any) -> Base:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{
-        "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True, **changes,
-    })  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4)  # logits that differ between tokens
-    return Base(model, name="tiny-llama", family="causal-lm")
 
 
 @pytest.fixture(scope="session")
 def llama() -> Base:
     return tiny_llama()
-
-
-def moved(base: Base, *methods: Any, seed: int = 0, size: float = 0.2, name: str = "") -> Delta:
-    """A delta whose every number was moved, so that it does something."""
-    delta = Delta.create(base, *methods, seed=seed, name=name or f"d{seed}")
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, t in delta.items():
-            if t.is_floating_point():
-                t.add_(size * torch.randn(t.shape, generator=g))
-    return delta

@@ -16,8 +16,8 @@ import openai
 import pytest
 import torch
 import uvicorn
-from tests.serve.conftest import moved, tiny_llama
-from tests.support.byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer
+from serve_cases import moved, tiny_llama
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.serve.conftest import moved, tiny_llama
+from serve_cases import moved, tiny_llama
 from torch import Tensor
 
 from tunesmith.core.base import Base

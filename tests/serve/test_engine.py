@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.serve.conftest import moved, tiny_llama
+from serve_cases import moved, tiny_llama
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta

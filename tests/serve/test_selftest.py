@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.serve.conftest import moved, tiny_llama
+from serve_cases import moved, tiny_llama
 
 from tunesmith.core.base import Base
 from tunesmith.core.errors import UsageError

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import pytest
+from byte_tokenizer import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.byte_tokenizer import byte_tokenizer
 
 from tunesmith.core.errors import UsageError
 from tunesmith.serve.text import Writer

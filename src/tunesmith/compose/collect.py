@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from tunesmith.core.algebra import Dense, Sum, Update, wide
+from tunesmith.core.algebra import Dense, Update, wide
 from tunesmith.core.apply import Application
 from tunesmith.core.base import Base
-from tunesmith.core.carriers import Action, folded, touched
+from tunesmith.core.carriers import Action, touched
+from tunesmith.core.changes import additive, changes_at
 from tunesmith.core.combine import Place
 from tunesmith.core.delta import Delta, Part, View, as_view
 from tunesmith.core.errors import UsageError
@@ -50,7 +51,7 @@ class DeltaChanges:
         for view, plan in zip(self.views, self._plans, strict=True):
             parents = view.delta.provenance.get("lineage")
             for path, actions in plan.items() if parents else ():
-                if not all(_additive(a) for a in actions):
+                if not all(additive(a) for a in actions):
                     hint = "merge the deltas it was trained on into the base first (base.merged)"
                     what = f"{view.delta.name!r} changes it as a function of a weight that other deltas made"
                     raise UsageError(what, where=path, hint=hint)
@@ -153,44 +154,19 @@ def _require_mergeable(view: View, part: Part) -> None:
         raise UsageError(f"{part.info.name} cannot be merged: {part.info.merge}", where=where, hint=hint)
 
 
-def _additive(a: Action) -> bool:
-    return a.carrier == "weight" and (hasattr(a.part.method, "update") or hasattr(a.part.method, "differences"))
-
-
 def _changes(actions: list[Action]) -> dict[str, Update]:
-    """The change of each parameter of one site by the parts acting there."""
-    site = actions[0].site
-    if all(_additive(a) for a in actions):
-        terms: dict[str, list[Update]] = {}
-        for a in actions:
-            for name, update in _added(a).items():
-                terms.setdefault(name, []).append(update if a.full else update.scaled(a.number()))
-        return {n: t[0] if len(t) == 1 else Sum(tuple(t)) for n, t in terms.items()}
-    old = site.params()
-    out: dict[str, Update] = {}
-    for name, value in folded(actions, old).items():
-        if name in old and (value is old[name] or not _moved(value, old[name], f"{site.path}.{name}")):
-            continue
-        if name not in old:
+    """The change of each parameter of one site by the parts acting there. Raises UsageError for what cannot be combined."""
+    have = actions[0].site.params()
+    found = changes_at(actions)
+    for name in [n for n, u in found.items() if n in have and isinstance(u, Dense) and not bool(u.value.any())]:
+        del found[name]
+    for name in found:
+        if name not in have:
             hint = "merge deltas whose parts of this kind are alike, or give the layer a bias"
+            what = f"{actions[-1].part.info.name} adds a {name} that the layer lacks"
+            raise UsageError(what, where=actions[0].site.path, hint=hint)
+        if not have[name].is_floating_point():
             raise UsageError(
-                f"{actions[-1].part.info.name} adds a {name} that the layer lacks", where=site.path, hint=hint
+                "an integer entry changes, and integers cannot be combined", where=f"{actions[0].site.path}.{name}"
             )
-        out[name] = Dense(value.detach() - wide(old[name].detach()))
-    return out
-
-
-def _moved(new: torch.Tensor, old: torch.Tensor, where: str) -> bool:
-    if torch.equal(new, old.to(new.dtype)):
-        return False
-    if not old.is_floating_point():
-        raise UsageError("an integer entry changes, and integers cannot be combined", where=where)
-    return True
-
-
-def _added(a: Action) -> dict[str, Update]:
-    method, t = a.part.method, {n: v.detach() for n, v in a.tensors.items()}
-    if hasattr(method, "update"):
-        return {"weight": method.update(a.site, t)}
-    have = a.site.params()
-    return {n: u for n, u in method.differences(a.site, t).items() if n in have}  # a tied partner may lack a bias
+    return found

@@ -75,7 +75,7 @@ def together(
             total, divisor = torch.zeros_like(total), torch.zeros_like(total)
             for w, d in pieces:
                 pull = w * d
-                agrees = torch.where(up, pull > 0, pull < 0)
+                agrees = torch.where(up, pull > 0, pull < 0).double()
                 total += pull * agrees
                 divisor += w * agrees
             if normalize:

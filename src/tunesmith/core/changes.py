@@ -108,25 +108,47 @@ def _twin(path: str, actions: list[Action], plan: dict[str, list[Action]]) -> bo
     return [id(a.part) for a in actions] == [id(a.part) for a in order(plan.get(str(named.pop()), []))]
 
 
-@torch.no_grad()
 def _at(actions: list[Action]) -> Iterator[Change]:
+    for name, update in changes_at(actions).items():
+        yield Change(actions[0].site, name, update)
+
+
+@torch.no_grad()
+def changes_at(actions: list[Action]) -> dict[str, Update]:
+    """The change of each parameter and buffer of one site by all parts acting there, in their order.
+
+    Parts that add keep their form at their strength (a `Sum` where several meet); with a function of W among them it is
+    the dense difference that folding makes, and what stays the same is left out. A tensor that the site lacks counts from
+    zero.
+    """
     site = actions[0].site
-    if all(hasattr(a.part.method, "update") for a in actions):
-        terms = [_scaled(a) for a in actions]
-        yield Change(site, "weight", terms[0] if len(terms) == 1 else Sum(tuple(terms)))
-        return
+    if all(additive(a) for a in actions):
+        terms: dict[str, list[Update]] = {}
+        for a in actions:
+            for name, update in _added(a).items():
+                terms.setdefault(name, []).append(update if a.full else update.scaled(a.number()))
+        return {n: t[0] if len(t) == 1 else Sum(tuple(t)) for n, t in terms.items()}
     old = {k: v.detach() for k, v in site.params().items()}
     said = {n for a in actions for n in touched(a)} if all(a.carrier == "weight" for a in actions) else None
+    found: dict[str, Update] = {}
     for name, new in folded(actions, old).items():
         was = old.get(name)
         if was is None:
-            yield Change(site, name, Dense(wide(new.detach()).clone()))
+            found[name] = Dense(wide(new.detach()).clone())
         elif new is not was and (said is None or name in said or not torch.equal(wide(new), wide(was))):
             difference = wide(new.detach()).double() - wide(was).double()
-            yield Change(site, name, Dense(difference.to(wide(new).dtype)))
+            found[name] = Dense(difference.to(wide(new).dtype))
+    return found
 
 
-def _scaled(a: Action) -> Update:
-    tensors = {n: t.detach() for n, t in a.tensors.items()}
-    update: Update = a.part.method.update(a.site, tensors)
-    return update if a.full else update.scaled(a.number())
+def additive(a: Action) -> bool:
+    """Whether a part adds to parameters, whatever they are: it gives an `update`, or `differences` of several."""
+    return a.carrier == "weight" and (hasattr(a.part.method, "update") or hasattr(a.part.method, "differences"))
+
+
+def _added(a: Action) -> dict[str, Update]:
+    method, tensors = a.part.method, {n: t.detach() for n, t in a.tensors.items()}
+    if hasattr(method, "update"):
+        return {"weight": method.update(a.site, tensors)}
+    have = a.site.params()
+    return {n: u for n, u in method.differences(a.site, tensors).items() if n in have}  # a tied partner may lack a bias

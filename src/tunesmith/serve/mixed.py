@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.core import carriers
-from tunesmith.core.algebra import LowRank, Sum, Update
 from tunesmith.core.apply import Application
 from tunesmith.core.base import Base
 from tunesmith.core.carriers import Action
 from tunesmith.core.delta import Delta, View, as_view
+from tunesmith.core.spectrum import factors
 
 FEW = 4  # tokens of one delta up to which rows of several deltas share one batched product
 
@@ -71,21 +71,11 @@ def resident(base: Base, delta: Delta | View, name: str | None = None) -> Reside
 
 
 def _factors(a: Action) -> tuple[Tensor, Tensor] | None:
-    """A and scaled B of an action that only adds a low-rank matrix, else None."""
+    """A and scaled B of an action that only adds a matrix of low rank, else None."""
     if a.carrier != "weight" or not hasattr(a.part.method, "update") or isinstance(a.strength, Tensor):
         return None
-    return _as_low_rank(a.part.method.update(a.site, a.tensors), a.strength)
-
-
-def _as_low_rank(u: Update, strength: float) -> tuple[Tensor, Tensor] | None:
-    if isinstance(u, LowRank):
-        return u.A.detach().float(), u.B.detach().float() * u.scale * strength
-    if isinstance(u, Sum):
-        parts = [_as_low_rank(t, strength) for t in u.terms]
-        found = [p for p in parts if p is not None]
-        if len(found) == len(parts):
-            return torch.cat([a for a, _ in found]), torch.cat([b for _, b in found], 1)
-    return None
+    pair = factors(a.part.method.update(a.site, a.tensors))
+    return None if pair is None else (pair[1].detach(), pair[0].detach() * a.strength)
 
 
 @dataclass(frozen=True)
