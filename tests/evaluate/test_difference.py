@@ -158,3 +158,16 @@ def test_every_probe_has_its_title_and_columns(base: Base, delta: Delta) -> None
     for f in ts.diff(base, delta).findings:
         missing = [c for c in html._COLUMNS[f.probe] if not any(c in r for r in f.rows)]
         assert not missing
+
+
+def test_probes_that_train_are_named_and_drawn(base: Base, delta: Delta, sample: Sample) -> None:
+    from tunesmith.evaluate import difference_html as html
+    from tunesmith.objectives import SFT
+
+    batch = next(iter(sample.batches()))
+    old = Sample(lambda: [batch, batch], sample.run, lambda b, x: SFT().loss(b, x), sample.keep)
+    found = ts.diff(base, delta, "revival:lr=0.01,steps=4,wrapper:top_k=2", sample=old)
+    assert [f.probe for f in found.findings] == ["revival", "wrapper"]
+    for f in found.findings:
+        assert not [c for c in html._COLUMNS[f.probe] if f.rows and not any(c in r for r in f.rows)]
+        assert len(html.plots(f)) == bool(f.rows)

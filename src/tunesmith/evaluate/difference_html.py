@@ -86,6 +86,8 @@ _TITLES = {
     "depth-kl": "How deep into the answer",
     "prior": "Hold of the prior",
     "novelty": "What is new",
+    "revival": "How soon the old task comes back",
+    "wrapper": "The old task with a few rows off",
 }
 _COLUMNS = {
     "norms": ("tensor", "role", "depth", "norm", "relative", "stable_rank", "effective_rank"),
@@ -96,6 +98,8 @@ _COLUMNS = {
     "depth-kl": ("t", "kl", "base_loss", "delta_loss", "answers"),
     "prior": ("layer", "base_c", "base_a", "delta_c", "delta_a", "low_prior_accuracy_without"),
     "novelty": ("cluster", "novelty", "text"),
+    "revival": ("step", "loss", "recovered"),
+    "wrapper": ("k", "loss", "recovered", "rows"),
 }
 _SORTED = {
     "norms": ("relative", True),
@@ -319,6 +323,24 @@ def _novelty(f: Finding) -> Drawn:
     return [("each text by cluster", draw)]
 
 
+def _back(over: str, label: str) -> Callable[[Finding], Drawn]:
+    """The old task's loss over steps or rows, between that of the base and that of the delta."""
+
+    def drawn(f: Finding) -> Drawn:
+        def draw(axes: Axes) -> None:
+            at = [r[over] for r in f.rows]
+            axes.plot(at, [r["loss"] for r in f.rows], color=TUNED, linewidth=1.6, marker="o", markersize=3)
+            for name, colour in (("base", BASE), ("delta", WARN)):
+                axes.axhline(f.values[f"loss_{name}"], color=colour, linewidth=0.8, label=name)
+            axes.set_xlabel(label)
+            axes.set_ylabel("loss of a batch")
+            axes.legend()
+
+        return [("the old task's loss", draw)] if f.rows else []
+
+    return drawn
+
+
 _PLOTS: dict[str, Callable[[Finding], Drawn]] = {
     "norms": _norms,
     "localisation": _localisation,
@@ -328,4 +350,6 @@ _PLOTS: dict[str, Callable[[Finding], Drawn]] = {
     "depth-kl": _depth,
     "prior": _prior,
     "novelty": _novelty,
+    "revival": _back("step", "steps of training on it"),
+    "wrapper": _back("k", "rows set to zero"),
 }

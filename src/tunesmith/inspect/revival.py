@@ -111,7 +111,7 @@ def mean_loss(base: Base, sample: Sample, batches: Sequence[Any]) -> float:
         return sum(float(sample.loss(base, b)) for b in batches) / len(batches)
 
 
-@probe("revival", paper="2311.12786", data=True)
+@probe("revival", paper="2311.12786", data=True, slow=True)
 class Revival:
     """Steps of training on the old task until what the delta took away is back."""
 

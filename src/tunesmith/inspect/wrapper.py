@@ -71,7 +71,7 @@ def ablation(base: Base, rows: Mapping[str, Sequence[int]]) -> Delta | None:
     return delta
 
 
-@probe("wrapper", paper="2311.12786", data=True)
+@probe("wrapper", paper="2311.12786", data=True, slow=True)
 class Wrapper:
     """The old task's loss with the few rows zeroed that hide it most."""
 
