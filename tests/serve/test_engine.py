@@ -230,3 +230,17 @@ def test_a_delta_removed_while_in_use_finishes_and_is_gone(llama: Base) -> None:
     while not e.idle:
         events += e.step()
     assert [x.chosen.token for x in events if x.chosen] == written_by_transformers(llama, ask("a").prompt, 8, delta)
+
+
+def test_what_would_be_late_is_given_up_and_the_rest_is_served(llama: Base) -> None:
+    now = [0.0]
+    e = engine(llama, requests=1, first_token=5.0, clock=lambda: now[0])
+    for i in range(4):
+        e.submit(ask(str(i), seed=i, new=3, arrived=float(i)))
+    ends: dict[str, str] = {}
+    while not e.idle:
+        ends.update({x.id: str(x.error or x.reason) for x in e.step() if x.reason})
+        now[0] += 2.5
+    # four at once are more than can join, so the newest goes first; when it is done the others would be late
+    assert [i for i, why in ends.items() if why == "length"] == ["3"]
+    assert all("too late" in ends[i] for i in "012") and e.pool.free == e.pool.cells

@@ -49,6 +49,10 @@ def serve(
     requests: Annotated[int, typer.Option(help="Most requests in a batch.", min=1)] = 64,
     queue: Annotated[int, typer.Option(help="Most requests that wait before others get a 429.", min=1)] = 256,
     policy: Annotated[str, typer.Option(help="Who joins first: fcfs, cluster or fair.")] = "fcfs",
+    first_token: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Give up requests whose first token would come later.", min=0.5),
+    ] = None,
     memory: Annotated[int, typer.Option(help="MiB of deltas kept in memory.", min=1)] = 1024,
     body: Annotated[int, typer.Option(help="KiB a request may send.", min=1)] = 1024,
     keys: Annotated[
@@ -86,7 +90,7 @@ def serve(
         return _proved(base, library, cells_)
     for place, error in refused:
         progress_console().print(f"not served: {visible(str(place))}: {visible(str(error))}", soft_wrap=True)
-    return _run(base, library, root, host, port, cells_, requests, queue, policy, body, keys)
+    return _run(base, library, root, host, port, cells_, requests, queue, policy, first_token, body, keys)
 
 
 def _proved(base: Base, library: Library, cells_: int) -> Result:
@@ -107,7 +111,7 @@ def _proved(base: Base, library: Library, cells_: int) -> Result:
 
 def _run(
     base: Base, library: Library, root: Path, host: str, port: int, cells_: int, requests: int, queue: int, policy: str,
-    body: int, keys: Path | None,
+    first_token: float | None, body: int, keys: Path | None,
 ) -> Result:  # fmt: skip
     try:
         import uvicorn
@@ -123,7 +127,9 @@ def _run(
 
     admin = os.environ.get("TUNESMITH_ADMIN_TOKEN") or None
     access = Access(admin=admin) if keys is None else Access.read(keys, admin)
-    worker = Worker(Engine(base, library, cells=cells_, requests=requests, policy=policy), queue=queue)
+    worker = Worker(
+        Engine(base, library, cells=cells_, requests=requests, policy=policy, first_token=first_token), queue=queue
+    )
     app = create(base, worker, access=access, root=root, body_limit=body << 10)
     server = uvicorn.Server(
         uvicorn.Config(app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=30)

@@ -183,6 +183,8 @@ def failure(error: TunesmithError) -> JSONResponse:
         )
     if isinstance(error, Draining):
         return problem(503, str(error), "server_error", code="draining", headers={"Retry-After": "5"})
+    if isinstance(error, ResourceError) and "too late" in error.what:
+        return problem(503, str(error), "server_error", code="too_late", headers={"Retry-After": "5"})
     if isinstance(error, UsageError) and ("no model" in error.what or "no delta" in error.what):
         return problem(404, str(error), "invalid_request_error", code="model_not_found", param="model")
     if isinstance(error, UsageError | DataError):

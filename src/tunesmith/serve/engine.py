@@ -12,8 +12,9 @@ Not thread-safe: one thread steps it.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from tunesmith.core.base import Base
 from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
 from tunesmith.core.trace import primary
-from tunesmith.serve.admission import Batch, Counters, Limits, Running, Waiting, admit
+from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit
 from tunesmith.serve.cache import Cache, Span
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.library import Library
@@ -89,6 +90,9 @@ class Engine:
         requests: the most in the running batch.
         chunk: prompt tokens read in one step, so that long prompts do not hold up those who write.
         policy: who joins first, see `admission.admit`.
+        first_token: seconds within which the first token must come; a request that would miss them is given up at once,
+            and under overload the newest are served first (see `admission.EarlyAbort`). None: nobody is given up.
+        clock: the time in seconds that `Request.arrived` is told in.
     """
 
     def __init__(
@@ -100,12 +104,17 @@ class Engine:
         requests: int = 64,
         chunk: int = 256,
         policy: str = "fcfs",
+        first_token: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if chunk < 1:
             raise UsageError(f"must be at least 1, got {chunk}", where="chunk")
         self.base, self.library, self.chunk, self.policy = base, library, chunk, policy
         self.limits = Limits(cells, requests)
         self.pool, self.counters = Pool(cells), Counters()
+        self.abort = None if first_token is None else EarlyAbort(first_token)
+        self.clock = clock
+        self._arrived = self._seen = self._admitted = 0
         self.waiting: list[Request] = []
         self.live: dict[str, _Live] = {}
         self.why_slow: str | None = None
@@ -145,6 +154,7 @@ class Engine:
         if all(w.delta != request.delta for w in self.waiting):
             self.counters.arrived(keys[request.delta], {keys[w.delta] for w in self.waiting})
         self.waiting.append(request)
+        self._arrived += 1
 
     def cancel(self, id: str) -> bool:
         """Take a request out, wherever it is; its cells are free at once. False for a stranger."""
@@ -198,7 +208,19 @@ class Engine:
             except TunesmithError as error:  # its delta was removed or damaged while it waited
                 events.append(Event(w.id, reason="error", error=error))
                 del requests[w.id]
-        for one in admit(queue, running, self.limits, self._cells, policy=self.policy, counters=self.counters):
+        if self.abort is not None:
+            new = self._arrived - self._seen
+            queue, late = self.abort.turn(queue, self.clock(), new, self._admitted)
+            self._seen = self._arrived
+            for one in late:
+                error = ResourceError(
+                    "the first token would come too late", hint="the server is overloaded; come again"
+                )
+                events.append(Event(one.id, reason="error", error=error))
+                del requests[one.id]
+        joined = admit(queue, running, self.limits, self._cells, policy=self.policy, counters=self.counters)
+        self._admitted = len(joined)
+        for one in joined:
             request = requests.pop(one.id)
             try:
                 held = None if request.delta is None else self.library.acquire(request.delta)
