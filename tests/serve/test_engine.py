@@ -244,3 +244,14 @@ def test_what_would_be_late_is_given_up_and_the_rest_is_served(llama: Base) -> N
     # four at once are more than can join, so the newest goes first; when it is done the others would be late
     assert [i for i, why in ends.items() if why == "length"] == ["3"]
     assert all("too late" in ends[i] for i in "012") and e.pool.free == e.pool.cells
+
+
+def test_a_removed_delta_in_the_queue_does_not_stop_other_requests(llama: Base) -> None:
+    e = engine(llama, {"gone": moved(llama, LoRA(rank=2)), "here": moved(llama, LoRA(rank=3), seed=1)})
+    e.submit(ask("a", delta="gone"))
+    e.library.remove("gone")
+    e.submit(ask("b", delta="here", new=2))
+    ends: dict[str, str] = {}
+    while not e.idle:
+        ends.update({x.id: x.reason for x in e.step() if x.reason})
+    assert ends == {"a": "error", "b": "length"}

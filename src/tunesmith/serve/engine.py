@@ -145,14 +145,16 @@ class Engine:
             raise UsageError(f"{n} + {request.new} tokens are more than the model's {self.longest}", where="prompt")
         if not all(0 <= t < self.vocabulary for t in request.prompt):
             raise UsageError(f"a prompt holds token numbers from 0 to {self.vocabulary - 1}", where="prompt")
-        if not Batch(self.limits, self._cells).could_ever(self._waiting(request)):
+        one = self._waiting(request)
+        if not Batch(self.limits, self._cells).could_ever(one):
             raise ResourceError(
                 f"{n} + {request.new} tokens and their delta do not fit into {self.limits.cells} cells", where=request.id,
                 hint="ask for fewer tokens, or start the server with more cells",
             )  # fmt: skip
-        keys = {w.delta: self._waiting(w).delta for w in (*self.waiting, request)}
-        if all(w.delta != request.delta for w in self.waiting):
-            self.counters.arrived(keys[request.delta], {keys[w.delta] for w in self.waiting})
+        known = {name: entry.digest for name, entry in self.library.entries.items()}
+        waiting = {None if w.delta is None else known.get(w.delta, "") for w in self.waiting}
+        if one.delta not in waiting:
+            self.counters.arrived(one.delta, waiting - {""})  # a delta that was removed has no turn any more
         self.waiting.append(request)
         self._arrived += 1
 
