@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.study.spec import Context, Raw, Study, Verdict
 
 if TYPE_CHECKING:
-    from tunesmith.study.worlds.pictures import Pictures
+    pass
 
 TASKS = ("digits-rotated", "things-inverted", "alphabets", "glyphs")
 TA, TIES, PCB = "task arithmetic", "ties", "pcb"
@@ -31,42 +30,14 @@ PCB - the better of task arithmetic and TIES (the better one in mean over seeds)
 """
 
 
-@dataclass(frozen=True)
-class Sizes:
-    epochs: int
-    train: int
-    dev: int
-    test: int
-    steps: int
-
-
-FULL = Sizes(6, 2000, 300, 800, 120)
-
-
-def pictures_of(ctx: Context) -> Pictures:
-    """The base and its pools, as study 063 has them."""
-    from tunesmith.study.worlds.pictures import Size, pictures
-
-    return pictures(ctx, TASKS, Size(epochs=FULL.epochs, train=FULL.train, dev=FULL.dev, test=FULL.test))
-
-
 def run(ctx: Context) -> Raw:
     """The rate chosen on the first seed's dev rows, then every seed: four fine-tunings and all merges."""
-    steps, scales = (4, SCALES[::4]) if ctx.smoke else (FULL.steps, SCALES)
-    made: list[Pictures] = []
+    from tunesmith.study.worlds.pictures import Size, chosen_rate, when_asked
 
-    def world(name: str, seed: int) -> Any:
-        if not made:
-            made.append(pictures_of(ctx))
-            ctx.log(f"base pre-trained, {100 * made[0].pretrained:.1f} % of both sources' test pictures")
-        return made[0].world(name, seed)
-
-    first = ctx.seeds[0]
-    tuning = {
-        lr: ctx.cell({"rate": lr, "seed": first}, lambda lr=lr: _dev_after(world, first, lr, steps)) for lr in LRS
-    }
-    lr = max(LRS, key=lambda lr: (sum(tuning[lr]), -lr))
-    raw: Raw = {"arms": {arm: [] for arm in ARMS}, "ablations": [], "singles": [], "tuning": {str(k): v for k, v in tuning.items()},
+    steps, scales = (4, SCALES[::4]) if ctx.smoke else (120, SCALES)
+    world = when_asked(ctx, TASKS, Size(epochs=6, train=2000, dev=300, test=800))
+    lr, tuning = chosen_rate(ctx, world, TASKS, LRS, steps)
+    raw: Raw = {"arms": {arm: [] for arm in ARMS}, "ablations": [], "singles": [], "tuning": tuning,
                 "lr": lr}  # fmt: skip
     for i, seed in enumerate(ctx.seeds):
         methods = {**METHODS, **(ABLATIONS if i == 0 else {})}
@@ -79,15 +50,6 @@ def run(ctx: Context) -> Raw:
         ctx.progress(i + 1, len(ctx.seeds))
         ctx.log(f"seed {seed}: " + ", ".join(f"{arm} {found['methods'][arm]['metric']:.1f}" for arm in ARMS))
     return raw
-
-
-def _dev_after(world: Any, seed: int, lr: float, steps: int) -> list[float]:
-    out = []
-    for name in TASKS:
-        w = world(name, seed)
-        with w.base.using(w.tuned(lr, steps, seed)):
-            out.append(w.score("dev").metric)
-    return out
 
 
 def one_seed(

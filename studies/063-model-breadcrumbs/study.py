@@ -42,27 +42,16 @@ def settings() -> dict[str, list[tuple[str, float]]]:
 
 def run(ctx: Context) -> Raw:
     """The rate chosen on the first seed's dev rows, then every seed: eight fine-tunings and all merges."""
-    from tunesmith.study.worlds.pictures import Pictures, Size, pictures
+    from tunesmith.study.worlds.pictures import Size, chosen_rate, when_asked
 
     steps, stride = (4, 6) if ctx.smoke else (100, 1)
-    made: list[Pictures] = []
-
-    def world(name: str, seed: int) -> Any:
-        if not made:
-            made.append(pictures(ctx, TASKS, Size(epochs=6, train=1600, dev=300, test=500)))
-            ctx.log(f"base pre-trained, {100 * made[0].pretrained:.1f} % of both sources' test pictures")
-        return made[0].world(name, seed)
-
-    first = ctx.seeds[0]
-    tuning = {
-        lr: ctx.cell({"rate": lr, "seed": first}, lambda lr=lr: _dev_after(world, first, lr, steps)) for lr in LRS
-    }
-    lr = max(LRS, key=lambda lr: (sum(tuning[lr]), -lr))
+    world = when_asked(ctx, TASKS, Size(epochs=6, train=1600, dev=300, test=500))
+    lr, tuning = chosen_rate(ctx, world, TASKS[:2], LRS, steps)
     raw: Raw = {
         "arms": {arm: [] for arm in ARMS},
         "singles": [],
         "lr": lr,
-        "tuning": {str(k): v for k, v in tuning.items()},
+        "tuning": tuning,
     }
     for i, seed in enumerate(ctx.seeds):
         found = ctx.cell({"seed": seed, "lr": lr}, lambda s=seed: one_seed(world, s, lr, steps, stride))
@@ -72,15 +61,6 @@ def run(ctx: Context) -> Raw:
         ctx.progress(i + 1, len(ctx.seeds))
         ctx.log(f"seed {seed}, 8 tasks: " + ", ".join(f"{arm} {found['methods'][arm]['metric']:.1f}" for arm in ARMS))
     return raw
-
-
-def _dev_after(world: Any, seed: int, lr: float, steps: int) -> list[float]:
-    out = []
-    for name in TASKS[:2]:
-        w = world(name, seed)
-        with w.base.using(w.tuned(lr, steps, seed)):
-            out.append(w.score("dev").metric)
-    return out
 
 
 def one_seed(world: Any, seed: int, lr: float, steps: int, stride: int = 1) -> dict[str, Any]:

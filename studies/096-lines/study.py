@@ -34,27 +34,16 @@ at least -0.5 points, and the sum with LiNeS is above the sum in its lower bound
 
 def run(ctx: Context) -> Raw:
     """The rate chosen on the first seed's dev rows, then every seed: four fine-tunings, their scalings and their merges."""
-    from tunesmith.study.worlds.pictures import Pictures, Size, pictures
+    from tunesmith.study.worlds.pictures import Size, chosen_rate, when_asked
 
     steps, stride = (4, 5) if ctx.smoke else (120, 1)
-    made: list[Pictures] = []
-
-    def world(name: str, seed: int) -> Any:
-        if not made:
-            made.append(pictures(ctx, TASKS, Size(epochs=6, train=2000, dev=300, test=800)))
-            ctx.log(f"base pre-trained, {100 * made[0].pretrained:.1f} % of both sources' test pictures")
-        return made[0].world(name, seed)
-
-    first = ctx.seeds[0]
-    tuning = {
-        lr: ctx.cell({"rate": lr, "seed": first}, lambda lr=lr: _dev_after(world, first, lr, steps)) for lr in LRS
-    }
-    lr = max(LRS, key=lambda lr: (sum(tuning[lr]), -lr))
+    world = when_asked(ctx, TASKS, Size(epochs=6, train=2000, dev=300, test=800))
+    lr, tuning = chosen_rate(ctx, world, TASKS, LRS, steps)
     raw: Raw = {
         "arms": {arm: [] for arm in ARMS},
         "choices": [],
         "lr": lr,
-        "tuning": {str(k): v for k, v in tuning.items()},
+        "tuning": tuning,
     }
     for i, seed in enumerate(ctx.seeds):
         found = ctx.cell({"seed": seed, "lr": lr}, lambda s=seed: one_seed(world, s, lr, steps, stride))
@@ -64,15 +53,6 @@ def run(ctx: Context) -> Raw:
         ctx.progress(i + 1, len(ctx.seeds))
         ctx.log(f"seed {seed}: " + ", ".join(f"{arm} {found['arms'][arm]['metric']:.1f}" for arm in ARMS))
     return raw
-
-
-def _dev_after(world: Callable[[str, int], Any], seed: int, lr: float, steps: int) -> list[float]:
-    out = []
-    for name in TASKS:
-        w = world(name, seed)
-        with w.base.using(w.tuned(lr, steps, seed)):
-            out.append(w.score("dev").metric)
-    return out
 
 
 def one_seed(world: Callable[[str, int], Any], seed: int, lr: float, steps: int, stride: int) -> dict[str, Any]:

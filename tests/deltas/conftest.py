@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tunesmith.core.base import Base
@@ -94,3 +96,25 @@ def undone() -> Callable[..., torch.Tensor]:
 
 def first(out: object) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out[0]
+
+
+@pytest.fixture
+def same_as_peft(undone: Callable[..., torch.Tensor]) -> Callable[..., None]:
+    """Check a delta against a PEFT model that was given its tensors: outputs, merged outputs and merged weights."""
+
+    def check(base: Base, delta: Delta, twin: nn.Module, layers: int, ids: torch.Tensor, merge_atol: float) -> None:
+        model: Any = base.model
+        assert layers == len(delta.parts[0].kind_of) > 0
+        assert delta.trainable_parameters == sum(p.numel() for p in twin.parameters() if p.requires_grad)
+        out = undone(base, delta, input_ids=ids)
+        with torch.no_grad():
+            torch.testing.assert_close(out, twin(input_ids=ids)[0], atol=1e-5, rtol=0)
+            assert (out - model(input_ids=ids)[0]).abs().max() > 1e-3
+            merged: Any = base.merged(delta).model
+            torch.testing.assert_close(merged(input_ids=ids)[0], out, atol=merge_atol, rtol=0)
+            whole: Any = twin
+            theirs = dict(whole.merge_and_unload().named_parameters())
+        for key, p in merged.named_parameters():
+            torch.testing.assert_close(p, theirs[key], atol=1e-5, rtol=0)
+
+    return check

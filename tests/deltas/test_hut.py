@@ -45,22 +45,11 @@ def peft_twin(model: nn.Module, delta: Delta, targets: list[str], rank: int) -> 
     ("name", "targets"),
     [("llama", "q_proj,down_proj"), ("llama", "embed_tokens"), ("gpt2", "c_attn,c_proj"), ("bert", "query,dense")],
 )
-def test_equals_peft(cls, name, targets, request, ids, moved, undone) -> None:
-    model = request.getfixturevalue(name)
-    base = Base(model)
+def test_equals_peft(cls, name, targets, request, ids, moved, same_as_peft) -> None:
+    base = Base(request.getfixturevalue(name))
     delta = moved(base, cls(rank=3, targets=targets), size=0.3)
-    want, layers = peft_twin(model, delta, targets.split(","), 3)
-    assert layers == len(delta.parts[0].kind_of) > 0
-    assert delta.trainable_parameters == sum(p.numel() for p in want.parameters() if p.requires_grad)
-    out = undone(base, delta, input_ids=ids)
-    with torch.no_grad():
-        torch.testing.assert_close(out, want(input_ids=ids)[0], atol=1e-5, rtol=0)
-        assert (out - model(input_ids=ids)[0]).abs().max() > 1e-3
-        merged = base.merged(delta).model
-        torch.testing.assert_close(merged(input_ids=ids)[0], out, atol=1e-5, rtol=0)
-        theirs = dict(want.merge_and_unload().named_parameters())
-    for key, p in merged.named_parameters():
-        torch.testing.assert_close(p, theirs[key], atol=1e-5, rtol=0)
+    want, layers = peft_twin(base.model, delta, targets.split(","), 3)
+    same_as_peft(base, delta, want, layers, ids, 1e-5)
 
 
 def test_convolution_equals_peft(moved) -> None:

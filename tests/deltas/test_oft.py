@@ -59,22 +59,11 @@ def oft_twin(model: nn.Module, delta: Delta, targets: list[str], **config: objec
 @pytest.mark.parametrize(
     ("name", "targets"), [("llama", "q_proj,down_proj"), ("bert", "query"), ("llama", "embed_tokens")]
 )
-def test_oft_equals_peft(options, config, name, targets, request, ids, moved, undone) -> None:
-    model = request.getfixturevalue(name)
-    base = Base(model)
+def test_oft_equals_peft(options, config, name, targets, request, ids, moved, same_as_peft) -> None:
+    base = Base(request.getfixturevalue(name))
     delta = moved(base, OFT(targets=targets, **options), size=0.2)
-    want, layers = oft_twin(model, delta, targets.split(","), **config)
-    assert layers == len(delta.parts[0].kind_of) > 0
-    assert delta.trainable_parameters == sum(p.numel() for p in want.parameters() if p.requires_grad)
-    out = undone(base, delta, input_ids=ids)
-    with torch.no_grad():
-        torch.testing.assert_close(out, want(input_ids=ids)[0], atol=1e-5, rtol=0)
-        assert (out - model(input_ids=ids)[0]).abs().max() > 1e-3
-        merged = base.merged(delta).model
-        torch.testing.assert_close(merged(input_ids=ids)[0], out, atol=2e-5, rtol=0)
-        theirs = dict(want.merge_and_unload().named_parameters())
-    for key, p in merged.named_parameters():
-        torch.testing.assert_close(p, theirs[key], atol=1e-5, rtol=0)
+    want, layers = oft_twin(base.model, delta, targets.split(","), **config)
+    same_as_peft(base, delta, want, layers, ids, 2e-5)
 
 
 def test_oft_on_convolutions_equals_peft_merged(moved) -> None:

@@ -141,6 +141,37 @@ def pictures(ctx: Context, names: Sequence[str], size: Size | None = None) -> Pi
     return Pictures(base, pools, size, accuracy)
 
 
+def when_asked(ctx: Context, names: Sequence[str], size: Size) -> Callable[[str, int], ProbeWorld]:
+    """`world(name, seed)` of `pictures`, whose base is pre-trained when the first world is asked for."""
+    made: list[Pictures] = []
+
+    def world(name: str, seed: int) -> ProbeWorld:
+        if not made:
+            made.append(pictures(ctx, names, size))
+            ctx.log(f"base pre-trained, {100 * made[0].pretrained:.1f} % of both sources' test pictures")
+        return made[0].world(name, seed)
+
+    return world
+
+
+def chosen_rate(
+    ctx: Context, world: Callable[[str, int], ProbeWorld], names: Sequence[str], rates: Sequence[float], steps: int
+) -> tuple[float, dict[str, list[float]]]:
+    """The rate with the best sum of dev accuracies over tasks on the first seed, the smaller of equals; and all of them."""
+    seed = ctx.seeds[0]
+
+    def dev_after(lr: float) -> list[float]:
+        out = []
+        for name in names:
+            w = world(name, seed)
+            with w.base.using(w.tuned(lr, steps, seed)):
+                out.append(w.score("dev").metric)
+        return out
+
+    found = {lr: ctx.cell({"rate": lr, "seed": seed}, lambda lr=lr: dev_after(lr)) for lr in rates}
+    return max(rates, key=lambda lr: (sum(found[lr]), -lr)), {str(k): v for k, v in found.items()}
+
+
 def _pretrain(model: TinyViT, pools: dict[str, dict[str, Pool]], size: Size) -> float:
     """Classify digits and things into 20 classes: AdamW, one cycle, shifts of up to 2 pixels."""
 
