@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tunesmith.core import fused
 from tunesmith.core.algebra import apply_dense, wide
 from tunesmith.core.delta import Part
 from tunesmith.core.errors import UsageError
@@ -145,6 +146,9 @@ class _Weight:
         if not self.live:
             return self.rewritten(*args, **kwargs)
         x, put = first_tensor(args, kwargs)
+        update = self.alone()
+        if update is not None:
+            return fused.beside(x, self.actions[0].site.module, update)
 
         def original(new: Tensor) -> Tensor:
             again_args, again_kwargs = put(new)
@@ -161,6 +165,17 @@ class _Weight:
                 call, waiting = _beside(call, waiting), []
             call = _through(call, a)
         return (_beside(call, waiting) if waiting else call)(x)
+
+    def alone(self) -> Any:
+        """The update of a single part at full strength on a plain linear layer that can be computed in one pass with it."""
+        a = self.actions[0]
+        module = a.site.module
+        if len(self.actions) > 1 or not a.full or a.site.kind != "linear" or not hasattr(a.part.method, "update"):
+            return None
+        if type(module).forward is not nn.Linear.forward or getattr(self.original, "__self__", None) is not module:
+            return None
+        update = a.part.method.update(a.site, a.tensors)
+        return update if fused.fits(module, update) else None
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         site = self.actions[0].site

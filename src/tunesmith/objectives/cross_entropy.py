@@ -15,6 +15,7 @@ from tunesmith.core.algebra import wide
 from tunesmith.core.apply import checkpoint_contexts
 
 CHUNK_ELEMENTS = 16_000_000  # logits held at once: 64 MB in fp32
+TILE_ELEMENTS = 400_000  # logits worked on at once: 1.6 MB in fp32, which stays in the cache
 
 
 def _accumulator(h: Tensor) -> torch.dtype:
@@ -22,36 +23,69 @@ def _accumulator(h: Tensor) -> torch.dtype:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """sum_i -log softmax(W h_i + b)[y_i] for a frozen head: the gradient of h is made in the forward pass."""
+    """sum_i -log softmax(W h_i + b)[y_i] for a frozen head: the gradient of h is made in the forward pass.
+
+    A chunk of logits is one product in the dtype of the products; softmax runs over it in tiles of rows that fit in the
+    processor's cache, in fp32 or wider, and leaves p - 1[y] in the place of the logits for the product back.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, elements: int, tile: int) -> Tensor:
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        narrow, weight = h.detach().to(dtype), weight.detach().to(dtype)
+        bias = None if bias is None else bias.detach().to(dtype)
+        V = weight.shape[0]
+        rows, short = max(1, min(elements // V, len(h))), max(1, tile // V)
         need = ctx.needs_input_grad[0]
-        grad = torch.empty_like(h) if need else None
+        grad = torch.empty_like(narrow) if need else None
         total = torch.zeros((), dtype=_accumulator(h), device=h.device)
-        for i in range(0, h.shape[0], rows):
-            part = h[i : i + rows]
-            logits = wide(F.linear(part, weight, bias))  # [n, V]
-            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-            target = y[i : i + rows, None]
-            total += (lse - logits.gather(1, target)).sum()
+        held = torch.empty(rows, V, dtype=dtype, device=h.device)  # [n, V]
+        for i in range(0, len(h), rows):
+            part = narrow[i : i + rows]
+            logits = held[: len(part)]
+            torch.mm(part, weight.T, out=logits)
+            if bias is not None:
+                logits += bias
+            for j in range(0, len(part), short):
+                some = logits[j : j + short]
+                target = y[i + j : i + j + len(some), None]
+                total += _to_softmax(some, target, need)
             if grad is not None:
-                p = logits.sub_(lse).exp_()  # softmax, in place
-                p.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=p.dtype))
-                grad[i : i + rows] = p.to(weight.dtype) @ weight
+                torch.mm(logits, weight, out=grad[i : i + rows])
         if grad is not None:
             ctx.save_for_backward(grad)
+            ctx.dtype = h.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * outputs[0].to(grad.dtype), None, None, None, None
+        return (grad * outputs[0].to(grad.dtype)).to(ctx.dtype), None, None, None, None, None
+
+
+def _to_softmax(logits: Tensor, target: Tensor, need: bool) -> Tensor:
+    """The summed loss of logits [n, V] for targets [n, 1]; with `need`, the logits become softmax - 1[target]."""
+    z = wide(logits)  # the logits themselves when they are wide already
+    high = z.amax(1, keepdim=True)
+    chosen = z.gather(1, target)
+    e = z.sub_(high).exp_()
+    total = e.sum(1, keepdim=True)
+    loss = (total.log() + high - chosen).sum()
+    if need:
+        e.div_(total).scatter_add_(1, target, torch.full_like(chosen, -1.0))
+        if e is not logits:
+            logits.copy_(e)
+    return loss
 
 
 def frozen_head_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """Summed cross-entropy in fp32 (fp64 for a base in fp64) of hidden states h [N, d] under a head W [V, d] that takes no gradient, y [N]."""
-    return _FrozenHead.apply(h, weight, bias, y, max(1, CHUNK_ELEMENTS // weight.shape[0]))
+    """Summed cross-entropy of hidden states h [N, d] under a head W [V, d] that takes no gradient, y [N].
+
+    Products run in the dtype of the head, or in autocast's; the rest in fp32 (fp64 for a base in fp64).
+    """
+    tile = TILE_ELEMENTS if h.device.type == "cpu" else CHUNK_ELEMENTS  # a GPU has no use for many small kernels
+    return _FrozenHead.apply(h, weight, bias, y, CHUNK_ELEMENTS, tile)
 
 
 def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], y: Tensor, width: int) -> Tensor:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen linear layer and a low-rank change of it in one pass.
+
+    y = x W^T + b + s (x A^T) B^T,    dL/dx = g W + s (g B) A,    dL/dA = s (g B)^T x,    dL/dB = s g^T (x A^T)
+
+Both branches add into one output, and both gradients of x into one tensor, so nothing of the width of the layer is made
+twice; only x and x A^T are kept for backward. Under autocast the frozen weight is cast again in backward instead of
+being kept. The plain form, two products and a sum, is `LowRank.apply` beside the layer; `plain()` chooses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.core.algebra import LowRank, Update
+
+_PLAIN: ContextVar[bool] = ContextVar("tunesmith_plain", default=False)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Every delta acts by its reference form for the block."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def fits(module: nn.Module, update: Update) -> bool:
+    """Whether `beside` can stand for the layer and the change: a frozen `nn.Linear`, two factors and a number."""
+    if _PLAIN.get() or not isinstance(update, LowRank) or len(update.shape) != 2 or isinstance(update.scale, Tensor):
+        return False
+    weight, bias = module.weight, module.bias
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return frozen and weight.is_floating_point() and update.A.device == weight.device
+
+
+def beside(x: Tensor, module: nn.Module, update: LowRank) -> Tensor:
+    """The output [..., out] of a frozen linear layer with a low-rank change, for x [..., in], in the dtype of the layer's own."""
+    y: Tensor = _Beside.apply(x, module.weight, module.bias, update.A, update.B, update.scale)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:  # fmt: skip
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [N, in]
+        a, b = A.to(dtype), (B if scale == 1.0 else B * scale).to(dtype)
+        y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))  # [N, out]
+        h = flat @ a.T  # [N, r]
+        y.addmm_(h, b.T)
+        ctx.save_for_backward(flat, h, weight, a, b)
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, A.dtype, B.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, h, weight, a, b = ctx.saved_tensors
+        g = grads[0].reshape(-1, grads[0].shape[-1])  # [N, out]
+        gb = g @ b  # [N, r]
+        gx = gA = gB = None
+        if ctx.needs_input_grad[0]:
+            gx = (g @ weight.to(g.dtype)).addmm_(gb, a).to(ctx.dtypes[0]).view(ctx.shape)
+        if ctx.needs_input_grad[3]:
+            gA = (gb.T @ flat).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[4]:
+            gB = (g.T @ h).to(ctx.dtypes[2])
+            gB = gB if ctx.scale == 1.0 else gB * ctx.scale
+        return gx, None, None, gA, gB, None
