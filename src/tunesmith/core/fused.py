@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith.core.algebra import LowRank, Update
 
@@ -34,16 +34,16 @@ def plain() -> Iterator[None]:
         _PLAIN.reset(token)
 
 
-def fits(module: nn.Module, update: Update) -> bool:
+def fits(module: Any, update: Update) -> bool:
     """Whether `beside` can stand for the layer and the change: a frozen `nn.Linear`, two factors and a number."""
-    if _PLAIN.get() or not isinstance(update, LowRank) or len(update.shape) != 2 or isinstance(update.scale, Tensor):
+    if _PLAIN.get() or type(update) is not LowRank or len(update.shape) != 2 or isinstance(update.scale, Tensor):
         return False
     weight, bias = module.weight, module.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return frozen and weight.is_floating_point() and update.A.device == weight.device
 
 
-def beside(x: Tensor, module: nn.Module, update: LowRank) -> Tensor:
+def beside(x: Tensor, module: Any, update: LowRank) -> Tensor:
     """The output [..., out] of a frozen linear layer with a low-rank change, for x [..., in], in the dtype of the layer's own."""
     y: Tensor = _Beside.apply(x, module.weight, module.bias, update.A, update.B, update.scale)  # type: ignore[no-untyped-call]
     return y

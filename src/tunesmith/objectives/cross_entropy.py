@@ -30,7 +30,9 @@ class _FrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, elements: int, tile: int) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, elements: int, tile: int
+    ) -> Tensor:
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         narrow, weight = h.detach().to(dtype), weight.detach().to(dtype)

@@ -142,7 +142,7 @@ class _Loop:
         self._changed()
         if not self.params:
             raise UsageError(f"delta {delta.name!r} has nothing to train")
-        optimiser = _optimiser(delta, config)
+        optimiser = _optimiser(delta, config, one_pass=self.dtype != torch.float16)
         self.model: Any = _Adapted(base, delta, task)
         if sharding.wanted():  # the base is in shards already, and the delta's gradients are exchanged here
             self.optimiser = self.accelerator.prepare_optimizer(optimiser)
@@ -418,10 +418,11 @@ def _bare(optimiser: Any) -> torch.optim.Optimizer:
     return getattr(optimiser, "optimizer", optimiser)
 
 
-def _optimiser(delta: Delta, config: TrainConfig) -> torch.optim.Optimizer:
+def _optimiser(delta: Delta, config: TrainConfig, one_pass: bool = True) -> torch.optim.Optimizer:
     """AdamW; a method may multiply the rate or the weight decay of a tensor (LoRA+, gates that must not decay).
 
-    No group holds tensors of two parts, so that a method can slow its own.
+    No group holds tensors of two parts, so that a method can slow its own. `one_pass` updates all tensors in one kernel,
+    which takes over the skipping of overflowed steps from the loss scaler: not for fp16, where the loop must know of it.
     """
     groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
     for i, part in enumerate(delta.parts):
@@ -433,7 +434,8 @@ def _optimiser(delta: Delta, config: TrainConfig) -> torch.optim.Optimizer:
                 key = (base_lr * ratios.get(name, 1.0), config.weight_decay * decays.get(name, 1.0), i)
                 groups.setdefault(key, []).append(t)
     listed = [{"params": ps, "lr": lr, "peak": lr, "weight_decay": wd} for (lr, wd, _), ps in sorted(groups.items())]
-    return torch.optim.AdamW(listed, betas=config.betas)
+    where = {p.device.type for g in listed for p in g["params"]}
+    return torch.optim.AdamW(listed, betas=config.betas, fused=(one_pass and where <= {"cpu", "cuda"}) or None)
 
 
 def steps_of(task: Task, config: TrainConfig) -> int:
@@ -466,16 +468,17 @@ def _load(delta: Delta, values: Mapping[str, Tensor], optimiser: torch.optim.Opt
                 key = f"{part.name}/{path}/{name}"
                 if key not in values:
                     raise TrainingError(f"the checkpoint lacks tensor {key!r}")
-                value = values[key]
+                # A tensor read from a file may lie at any address, and products round by the alignment of what they read.
+                value = values[key].to(t.device, copy=True)
                 if value.shape == t.shape:
                     t.copy_(value)
                 elif not (hasattr(part.method, "after_step") or hasattr(part.method, "before_step")):
                     got, want = tuple(value.shape), tuple(t.shape)
                     raise TrainingError(f"in the checkpoint, tensor {key!r} has shape {got}, not {want}")
                 elif optimiser is not None:
-                    Now(part, 0, 0, 0.0, optimiser).replace(path, name, value.to(t.device))
+                    Now(part, 0, 0, 0.0, optimiser).replace(path, name, value)
                 else:
-                    part.put(path, name, value.to(t.device), trainable=t.requires_grad)
+                    part.put(path, name, value, trainable=t.requires_grad)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
