@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -28,20 +29,22 @@ if TYPE_CHECKING:
 
 _ACTIVE: ContextVar[dict[int, Application]] = ContextVar("tunesmith_active", default={})  # noqa: B039 (never mutated)
 _EMPTY: list[Action] = []
+# (what would have run, args, kwargs) -> output
+Answer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Application:
     """A stack of deltas on one base.
 
-    `members` gives strengths to parts that only a program may run; `passed` are modules that hand their input on,
-    each with the list of inputs it was called with.
+    `members` gives strengths to parts that only a program may run; `answers` are modules that do not run as they are,
+    each with the function that answers in its place.
     """
 
     base: Base
     stack: tuple[View, ...]
     members: dict[str, Strength] = field(default_factory=dict)
-    passed: dict[str, list[Tensor]] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
     plan: dict[str, list[Action]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +68,7 @@ class Application:
                 raise UsageError(f"a part of {whole}, on whose weight another part acts", where=path, hint=hint)
 
     def without(self, keep: Callable[[View], bool]) -> Application:
-        return Application(self.base, tuple(v for v in self.stack if keep(v)), self.members, self.passed)
+        return Application(self.base, tuple(v for v in self.stack if keep(v)), self.members, self.answers)
 
 
 class Dispatcher:
@@ -78,10 +81,12 @@ class Dispatcher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         app = current(self.base) if self.users else None  # one that somebody's wrapper kept after its use is inert
-        if app is not None and self.path in app.passed:
-            x = first_tensor(args, kwargs)[0]
-            app.passed[self.path].append(x)
-            return x
+        if app is not None and self.path in app.answers:
+            return app.answers[self.path](partial(self.ordinary, app), args, kwargs)
+        return self.ordinary(app, *args, **kwargs)
+
+    def ordinary(self, app: Application | None, /, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward with what acts on it."""
         actions = app.plan.get(self.path, _EMPTY) if app is not None else _EMPTY
         if self.path != "":
             return run(actions, self.original, args, kwargs) if actions else self.original(*args, **kwargs)
@@ -235,16 +240,28 @@ def filtered(base: Base, keep: Callable[[View], bool]) -> Iterator[Base]:
 
 
 @contextmanager
+def answering(base: Base, answers: Mapping[str, Answer]) -> Iterator[None]:
+    """Within the block the modules at these paths do not run: what their function returns is their output."""
+    above = current(base) or Application(base, ())
+    base.installed.add(base, answers)
+    try:
+        with activated(replace(above, answers={**above.answers, **answers}, plan={})):
+            yield
+    finally:
+        base.installed.remove(base, answers)
+
+
+@contextmanager
 def passing(base: Base, path: str) -> Iterator[list[Tensor]]:
     """The module at `path` hands its input on for the block, whatever acts on it; gives the list of those inputs."""
     seen: list[Tensor] = []
-    above = current(base) or Application(base, ())
-    base.installed.add(base, [path])
-    try:
-        with activated(replace(above, passed={**above.passed, path: seen}, plan={})):
-            yield seen
-    finally:
-        base.installed.remove(base, [path])
+
+    def hand_on(_: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        seen.append(first_tensor(args, kwargs)[0])
+        return seen[-1]
+
+    with answering(base, {path: hand_on}):
+        yield seen
 
 
 @contextmanager
@@ -290,7 +307,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 def _restored(apps: dict[int, Application], memo: dict[int, dict[str, Any]] | None) -> Iterator[None]:
     with ExitStack() as stack:
         for app in apps.values():  # the block that installed them may be left by now
-            paths = [*app.plan, *app.passed]
+            paths = [*app.plan, *app.answers]
             app.base.installed.add(app.base, paths)
             stack.callback(app.base.installed.remove, app.base, paths)
         a, m = _ACTIVE.set(apps), MEMO.set(memo)

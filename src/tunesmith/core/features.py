@@ -36,17 +36,18 @@ def head_input(site: Site, call: Callable[..., Any], inputs: Mapping[str, Any]) 
 
 def head_site(site: Site) -> Site | None:
     """The output head of the model at `site`, if it has one."""
-    return None if site.map is None else _head(site.map)
+    return None if site.map is None else head_of(site.map)
 
 
-def _head(sites: SiteMap) -> Site | None:
+def head_of(sites: SiteMap) -> Site | None:
+    """The output head among the sites of a model, if it has one."""
     heads = [s for s in sites.role("head") if s.kind == "linear"]
     traced = sites.trace.head if sites.trace is not None else None
     return next((s for s in heads if s.path == traced), heads[0] if heads else None)
 
 
 def _features(base: Base, call: Callable[..., Any], inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    head = _head(base.sites)
+    head = head_of(base.sites)
     if head is None:
         out = call(**inputs)
         found = primary(out)

@@ -148,7 +148,7 @@ class SiteMap(Mapping[str, Site]):
         problem: str | None = None,
         depths: Mapping[str, int] | None = None,
     ) -> None:
-        self._depths = dict(depths or {})
+        self.depths = dict(depths or {})
         self._sites = {(s.path, s.kind): replace(s, map=self) for s in sites}
         self._first: dict[str, Site] = {}
         for s in self._sites.values():
@@ -180,10 +180,10 @@ class SiteMap(Mapping[str, Site]):
         name that no site or block leads to.
         """
         path = name
-        while path and path not in self._depths:
+        while path and path not in self.depths:
             path = path.rpartition(".")[0]
         if path:
-            return self._depths[path]
+            return self.depths[path]
         head = name.partition(".")[0]
         if "." in name and not any(p == head or p.startswith(head + ".") for p in self._first):
             raise UsageError(f"the base has no module around {name!r}", hint=nearest(head, self._first))

@@ -16,6 +16,7 @@ from tunesmith.core.errors import UsageError, nearest
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OVERFLOWS = ("error", "truncate", "skip")
+CACHING = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class TrainConfig:
     optimiser steps and takes the place of `epochs` when given. `warmup` and `decay` are shares of all steps; `decay` is
     used by the `wsd` schedule. `anchor` weighs the KL to the base on text the base writes itself (see `anchor`), which keeps
     what the base knew. `gradient_dropout` drops gradients that pull away from the base (see `agreement`). `patience`
-    stops after that many evaluations without a better validation loss.
+    stops after that many evaluations without a better validation loss. `cache_features` keeps what frozen layers before
+    the delta give from epoch to epoch: "auto" where nothing but rounding changes, "on" without the dropout of these layers,
+    or an error, "off" never.
     """
 
     epochs: float = 3.0
@@ -48,6 +51,7 @@ class TrainConfig:
     overflow: str = "error"
     packing: bool = False
     gradient_checkpointing: bool = False
+    cache_features: str = "auto"
     evaluate_every: int | None = None
     patience: int | None = None
     checkpoint_every: int = 50
@@ -74,7 +78,12 @@ class TrainConfig:
         for name in ("weight_decay", "anchor"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"must be a finite number of 0 or more, got {getattr(self, name)}", where=name)
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("overflow", OVERFLOWS)):
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("overflow", OVERFLOWS),
+            ("cache_features", CACHING),
+        ):
             if getattr(self, name) not in choices:
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}", hint=nearest(getattr(self, name), choices))
 

@@ -30,6 +30,7 @@ from tunesmith.train import checkpoint as ckpt
 from tunesmith.train import sharding
 from tunesmith.train.agreement import Agreement
 from tunesmith.train.anchor import Anchor
+from tunesmith.train.cached import Prefix
 from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
 from tunesmith.train.journal import jsonable, truncate
@@ -58,6 +59,7 @@ class Trained:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
     world: int = 1
+    cached: str = ""
 
 
 class _Adapted(nn.Module):
@@ -158,6 +160,7 @@ class _Loop:
         if self.out and self.accelerator.is_main_process:
             truncate(self.out / "log.jsonl", self.first)
         self.statistics = [t for k, t in delta.items() if k.rsplit("/", 1)[-1] in STATISTICS]
+        self.prefix = Prefix(base, delta, task, config, self.total / per_epoch, out, self._autocast)
         self.anchor = Anchor(base, delta, config.anchor, config.seed) if config.anchor else None
         share = config.gradient_dropout
         self.agreement = Agreement(base, delta, task, share, config.seed) if share else None
@@ -198,6 +201,7 @@ class _Loop:
                 self._save(self.state.steps)
         if self.best:
             _load(self.delta, self.best)
+        self.state.cached = self.prefix.close()
         self.delta.provenance.pop("untrained", None)
         self.state.peak_memory_bytes = peak_memory(self.base.device) or 0
         if self.config.tracker:
@@ -254,8 +258,9 @@ class _Loop:
                 batch = self.task.batch(mine or part[:1], epoch)
             last = i == len(batches) - 1
             quiet: AbstractContextManager[Any] = nullcontext() if last else self.accelerator.no_sync(self.model)
-            with quiet, self._autocast():
-                value = self.model(moved(batch, self.base.device)) * weight
+            batch = moved(batch, self.base.device)
+            with quiet, self.prefix.served(part, epoch, batch), self._autocast():
+                value = self.model(batch) * weight
                 if not value.requires_grad:
                     hint = "does the loss use the model's output, and does the delta touch what it uses?"
                     raise TrainingError("the loss does not depend on anything that trains", hint=hint)

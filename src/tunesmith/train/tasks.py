@@ -57,6 +57,10 @@ class RowTask:
     def tokens(self, indices: Sequence[int]) -> int:
         return sum(self.lengths[i] for i in indices)
 
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row, which is the same in every epoch."""
+        return list(self.lengths)
+
 
 @dataclass
 class PackedTask:
@@ -78,6 +82,10 @@ class PackedTask:
 
     def tokens(self, indices: Sequence[int]) -> int:
         return sum(self.packed[i].length for i in indices)
+
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row, which is the same in every epoch."""
+        return [p.length for p in self.packed]
 
 
 @dataclass(frozen=True)
