@@ -41,6 +41,15 @@ def test_equal_time_gives_each_training_the_same_seconds_and_stays_within_the_bu
     assert made.seconds == pytest.approx(total(made.steps, 3, 3)) and (made.rates, made.seeds) == (3, 3)
 
 
+def test_trials_that_run_at_once_share_the_budget() -> None:
+    one = plan(BOTH, 600, equal="time", rates=3, seeds=3, most=10_000)
+    two = plan(BOTH, 600, equal="time", rates=3, seeds=3, most=10_000, lanes=2.0)
+    longest = max(t.start + two.steps[m] * t.step for m, t in BOTH.items())
+    assert total(one.steps, 3, 3) < 0.6 * total(two.steps, 3, 3)
+    assert total(two.steps, 3, 3) + longest <= SPARE * 1200 + 1e-6
+    assert two.seconds == pytest.approx(total(two.steps, 3, 3) / 2), "seconds are what a clock on the wall shows"
+
+
 def test_equal_parameters_gives_the_same_steps() -> None:
     made = plan(BOTH, 600, equal="parameters", rates=3, seeds=3, most=10_000)
     assert made.steps["fast"] == made.steps["slow"] > MIN_STEPS

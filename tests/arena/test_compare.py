@@ -15,13 +15,12 @@ import torch
 import tunesmith as ts
 from tunesmith.arena import measure
 from tunesmith.arena.compare import run_compare
-from tunesmith.arena.executors import InProcess, Ray
 from tunesmith.arena.measure import Yardstick
 from tunesmith.arena.report import load_comparison
 from tunesmith.arena.trials import Arena, Trial, split
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
-from tunesmith.core.errors import DataError, Interrupted, ResourceError, TrainingError, UsageError
+from tunesmith.core.errors import DataError, Interrupted, TrainingError, UsageError
 from tunesmith.data import Dataset, read
 from tunesmith.train.config import TrainConfig
 
@@ -264,30 +263,6 @@ def test_pictures_are_compared_by_drift_on_their_own_inputs() -> None:
 def test_wrong_arguments_are_named(encoder: Base, topics: Dataset, wrong: dict[str, Any], what: str) -> None:
     with pytest.raises(UsageError, match=what):
         run_compare(encoder, topics, **{"methods": "head", **QUICK, **wrong})
-
-
-def test_workers_need_ray_and_a_named_base(encoder: Base, topics: Dataset) -> None:
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        with pytest.raises(ResourceError, match="Ray"):
-            run_compare(encoder, topics, methods="head", workers=2, **QUICK)
-
-
-def test_ray_gives_the_results_of_one_process(encoder: Base, topics: Dataset) -> None:
-    pytest.importorskip("ray")
-    parts = split(topics, None, None)
-
-    def make() -> Arena:
-        return Arena(encoder, parts, TrainConfig(precision="fp32", warmup=0.1))
-
-    trials = [Trial("head", None, lr, 0, 5) for lr in (1e-3, 1e-2)]
-    spread = Ray(make, 2)
-    try:
-        found = {t.lr: r["dev"] for t, r in spread.run(trials)}
-    finally:
-        spread.close()
-    assert found == {t.lr: r["dev"] for t, r in InProcess(make()).run(trials)}
 
 
 def test_a_metric_over_generated_answers_is_for_the_test_rows_only(writer: Base, chats: Dataset) -> None:

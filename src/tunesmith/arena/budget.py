@@ -76,6 +76,7 @@ def plan(
     most: int,
     control: float = 0.0,
     spent: float = 0.0,
+    lanes: float = 1.0,
 ) -> Plan:
     """How many steps each method takes so that all its trials end within `left` seconds.
 
@@ -83,20 +84,22 @@ def plan(
     at dev after each of the former and at test after each seed. With `equal` "time" every trial of every method trains
     for the same seconds; with "parameters" or "memory" for the same steps. Where even `MIN_STEPS` do not fit, seeds and
     then rates are cut to two, for all alike. `most` caps the steps, `control` is what the controls need beside one more
-    training, `spent` what was used before.
+    training, `spent` what was used before. `lanes` trials run at once, so that many times the seconds can be trained.
 
     Raises UsageError naming the budget that would do.
     """
     check_equal(equal)
     tried = [(rates, seeds), (rates, min(2, seeds)), (min(2, rates), min(2, seeds))]
     for n_rates, n_seeds in dict.fromkeys(tried):
-        steps = _steps(timings, SPARE * left - control, equal, n_rates, n_seeds, most)
+        steps = _steps(timings, SPARE * left * lanes - control, equal, n_rates, n_seeds, most)
         if min(steps.values()) >= min(MIN_STEPS, most):
             notes = () if (n_rates, n_seeds) == (rates, seeds) else (
                 f"the budget allows {n_seeds} of {seeds} seeds and {n_rates} of {rates} learning rates a method",
             )  # fmt: skip
-            return Plan(steps, n_rates, n_seeds, _seconds(timings, steps, n_rates, n_seeds) + control, notes)
-    need = (_least(timings, equal, *tried[-1], min(MIN_STEPS, most)) + control) / SPARE
+            return Plan(
+                steps, n_rates, n_seeds, (_seconds(timings, steps, n_rates, n_seeds) + control) / lanes, notes
+            )  # fmt: skip
+    need = (_least(timings, equal, *tried[-1], min(MIN_STEPS, most)) + control) / (SPARE * lanes)
     raise UsageError(
         f"the budget is too small for {len(timings)} methods: {left:.0f} s are left and {need:.0f} s are needed for "
         f"{MIN_STEPS} steps a trial",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -17,7 +16,7 @@ from typing import Any
 from tunesmith.arena import judge
 from tunesmith.arena.budget import Plan, Timing, check_equal, next_rate, parse_seconds, plan
 from tunesmith.arena.candidates import Candidate, LeftOut, gather
-from tunesmith.arena.executors import Executor, InProcess, Ray
+from tunesmith.arena.executors import Executor, InProcess, Place, Ray, arena_at
 from tunesmith.arena.pareto import front
 from tunesmith.arena.report import FORMAT, write
 from tunesmith.arena.trials import TIMED_STEPS, Arena, Splits, Trial, failed, split
@@ -119,13 +118,13 @@ def run_compare(
     splits = _splits(data, test, dev, shots, dev_rows, test_rows, on_error)
     if splits.train.kind not in ("chat", "text") and "overflow" not in settings:
         config = TrainConfig.build({**config.to_dict(), "overflow": "truncate"})
-    opened = load(base)
-    arena = Arena(opened, splits, config, system=system, metric=metric)
+    here = load(base)
+    arena = Arena(here, splits, config, system=system, metric=metric)
     candidates, left, matched = gather(
-        opened, methods, has_head=arena.has_head, equal=equal, parameters=parameters
+        here, methods, has_head=arena.has_head, equal=equal, parameters=parameters
     )  # fmt: skip
     bound = {
-        "data": splits.digest, "base": opened.fingerprint.digest, "config": config.digest, "system": system,
+        "data": splits.digest, "base": here.fingerprint.digest, "config": config.digest, "system": system,
         "metric": metric,
         "methods": [[c.label, c.options] for c in candidates], "budget": allowed, "equal": equal, "seeds": seeds,
         "lrs": explicit or lrs, "workers": workers,
@@ -138,7 +137,7 @@ def run_compare(
     cells = Cells(path, bound)
     executor: Executor = InProcess(arena)
     if workers > 1:
-        executor = Ray(functools.partial(_remote, opened.source.get("name"), splits, config, system, metric), workers)
+        executor = Ray(functools.partial(arena_at, Place.of(here), splits, config, system, metric), workers)
     job = _Job(arena, candidates, left, cells, executor, say, matched, list(splits.notes))
     try:
         result = _run(job, allowed, equal, seeds, explicit, lrs if isinstance(lrs, int) else len(lrs), config)
@@ -175,12 +174,6 @@ def _name(splits: Splits, bound: Mapping[str, Any]) -> str:
     return f"compare-{stem or 'data'}-{digest[:8]}"
 
 
-def _remote(name: str | None, splits: Splits, config: TrainConfig, system: str | None, metric: str | None) -> Arena:
-    if name is None:
-        raise UsageError("workers open the base by its name, and this one was given as an object", where="workers")
-    return Arena(load(name), splits, config, system=system, metric=metric)
-
-
 # The stages
 
 
@@ -194,6 +187,7 @@ def _run(
     timings, control = _timed(job, explicit)
     most = job.arena.steps_of(config.epochs)
     # The plan is kept: a resumed run must not make another from what is left of the time.
+    lanes = job.executor.lanes(len(timings))
     made = job.cells.get(
         {"plan": sorted(timings)},
         lambda: plan(
@@ -205,6 +199,7 @@ def _run(
             most=most,
             control=control,
             spent=job.cells.seconds,
+            lanes=lanes,
         ).to_dict(),
     )
     job.plan = Plan(**made)
@@ -235,7 +230,7 @@ def _timed(job: _Job, explicit: list[float] | None) -> tuple[dict[str, Timing], 
         Trial(c.label, c.method, min(explicit) if explicit else c.recipe_lr, 0, TIMED_STEPS, "time")
         for c in job.candidates
     ]
-    looks = job.cells.get({"warm": "final look / dev look"}, lambda: _warmed(job.arena, trials))
+    looks = job.cells.get({"warm": "final look / dev look"}, lambda: job.executor.warm(trials))
     timings: dict[str, Timing] = {}
     for trial, found in job.results(trials, "timing"):
         if failed(found):
@@ -246,13 +241,6 @@ def _timed(job: _Job, explicit: list[float] | None) -> tuple[dict[str, Timing], 
     if not timings:
         raise TrainingError("no method could be trained on this data", hint="; ".join(x.reason for x in job.left))
     return timings, 2 * max(t.test for t in timings.values())
-
-
-def _warmed(arena: Arena, trials: Sequence[Trial]) -> float:
-    for trial in trials:
-        with contextlib.suppress(Exception):  # what is wrong with it is told when it is timed
-            return arena.warm(trial)
-    return 1.0
 
 
 def _tuned(job: _Job, explicit: list[float] | None) -> dict[str, dict[str, Any]]:
