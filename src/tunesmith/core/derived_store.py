@@ -109,23 +109,45 @@ def load_derived(folder: str | os.PathLike[str], parent: Base) -> Base:
         raise DeltaError(f"cannot be read ({e})", where=str(path)) from None
     model = sharing_copy(parent.model)
     _detach_shared(model, steps)
-    known = dict(model.named_modules())
-    for p, entry in described.items():
-        if p not in known:
-            raise DeltaError(f"the parent has no module {p!r}", where=str(place / HEADER))
-        blank = _blank(entry, str(place / HEADER))
-        if blank is not None:
-            put_module(model, p, blank.to(parent.device))
+    _put_blanks(model, described, parent.device, str(place / HEADER))
     _fill(model, tensors, {p for s in steps for p in s["paths"]}, parent, str(path))
     if changed_digest(model, steps[-1]) != steps[-1]["digest"]:
         raise DeltaError("the tensors do not give the recorded digest", where=str(path))
     if head["dtype"] != str(parent.dtype).removeprefix("torch."):
         for p in described:
             model.get_submodule(p).to(parent.dtype)
+    return _named(model, parent, head, place)
+
+
+def outline(folder: str | os.PathLike[str], parent: Base) -> Base:
+    """A saved derived base without its weights, on the meta device, from its parent without weights: for plans.
+
+    `parent` must have the dtype that `parent_of` gives. Raises DeltaError for a damaged header or another architecture.
+    """
+    place = Path(folder)
+    head = _header(place)
+    model = sharing_copy(parent.model)
+    _put_blanks(model, head["modules"], torch.device("meta"), str(place / HEADER))
+    return _named(model, parent, head, place)
+
+
+def _named(model: nn.Module, parent: Base, head: Mapping[str, Any], place: Path) -> Base:
     return Base(
         model, tokenizer=parent.tokenizer, example=parent._example, name=str(head["name"]), family=parent.family,
-        source={**parent.source, "derived": steps, "folder": str(place)},
+        source={**parent.source, "derived": head["derived"], "folder": str(place)},
     )  # fmt: skip
+
+
+def _put_blanks(model: nn.Module, described: Mapping[str, Any], device: torch.device, where: str) -> None:
+    """Empty modules of the described forms in place of the parent's; the others stay."""
+    known = dict(model.named_modules())
+    for p, entry in described.items():
+        if p not in known:
+            raise DeltaError(f"the parent has no module {p!r}", where=where)
+        with device:
+            blank = _blank(entry, where)
+        if blank is not None:
+            put_module(model, p, blank.to(device))
 
 
 def _described(module: nn.Module) -> dict[str, Any]:

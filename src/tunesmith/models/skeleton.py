@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from tunesmith.core.base import Base
+from tunesmith.core.derived_store import is_derived, outline, parent_of
 from tunesmith.core.errors import UsageError
 from tunesmith.core.fingerprint import Fingerprint
 from tunesmith.models import dequantised
@@ -18,13 +19,19 @@ from tunesmith.models.bundled import BUNDLED, locate
 from tunesmith.models.efficientnet_lite import EfficientNetLite0
 from tunesmith.models.load import hub_reported, hub_request
 from tunesmith.models.open import image_layout
-from tunesmith.models.precision import auto_dtype
+from tunesmith.models.precision import auto_dtype, parse
 from tunesmith.models.pretrained import TASKS, Request, detect_task, load_tokenizer, quiet, reported
 
 
 def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Base:
-    """The base called `name` with no memory behind its weights: for plans. Raises UsageError like `load`."""
+    """The base called `name` with no memory behind its weights: for plans. Raises UsageError like `load`.
+
+    A folder with a derived base gives the forms its layers are held in, so that packed and factored ones count as such.
+    """
     label = os.fspath(name)
+    if is_derived(label):
+        parent, kept = parent_of(label)
+        return _unprinted(outline(label, skeleton(parent, dtype=dtype or parse(kept, "cpu"))))
     entry = BUNDLED.get(label)
     if entry is not None and entry.kind == "efficientnet-lite":
         with torch.device("meta"):

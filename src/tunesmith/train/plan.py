@@ -124,7 +124,8 @@ def _linear_sites(base: Base) -> list[Site]:
 
 def _memory(base: Base, delta: Delta, tokens: int, supervised: float, size: int, config: TrainConfig) -> dict[str, int]:
     """Bytes held in each phase."""
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    held = [*base.model.parameters(), *base.model.buffers()]  # packed layers hold their weights in buffers
+    weights = sum(t.numel() * t.element_size() for t in held)
     trained = sum(t.numel() * t.element_size() for _, t in delta.items() if t.requires_grad)
     stored = delta.nbytes
     # Each linear keeps its input for backward where a delta on it needs it; what comes out is the next one's input.
