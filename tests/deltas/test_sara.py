@@ -141,7 +141,7 @@ def by_the_paper(
 def test_it_follows_the_papers_trajectory(base: Base, progressive: float) -> None:
     settings = {"lr": 0.01, "weight_decay": 0.3}
     run = ts.tune(
-        base, batches(), method=SaRA(threshold=0.1, progressive=progressive), loss=loss, steps=6, batch_size=1,
+        base, batches(), method=SaRA(threshold=0.1, progressive=progressive, implicit=False), loss=loss, steps=6, batch_size=1,
         schedule="constant", warmup=0.0, clip=1e9, precision="fp32", progress=False, **settings,
     )  # fmt: skip
     want, (mask, grown) = by_the_paper(base, 0.1, 6, 0.01, 0.3, 3 if progressive < 1 else 99)
@@ -242,7 +242,7 @@ def test_the_penalty_lowers_the_nuclear_norm() -> None:
     data = [(torch.randn(8, 20, generator=g), torch.randint(4, (8,), generator=g)) for _ in range(4)]
 
     def norm(nuclear: float) -> float:
-        method = SaRA(share=0.5, nuclear=nuclear, smallest=10, targets="0", progressive=1.0)
+        method = SaRA(share=0.5, nuclear=nuclear, smallest=10, targets="0", progressive=1.0, implicit=False)
         run = ts.tune(base, data, method=method, loss=loss, steps=40, lr=5e-3, precision="fp32", progress=False)
         t = run.delta.parts[0].tensors("0")
         W = torch.zeros(400).index_put((t["indices"],), t["values"].detach()).reshape(20, 20)

@@ -351,7 +351,7 @@ def make_part(
         if not chosen:
             raise UsageError(f"{info.name} found no site worth changing in the data it was given")
     part = Part(method, [(s.path, s.kind) for s in chosen], name=name, alias=alias, tied=tied, auto=auto)
-    frozen = {n for hook in ("frozen", "books") if hasattr(method, hook) for n in getattr(method, hook)()}
+    frozen = _never_trains(method)
 
     def fill(path: str, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():
@@ -369,6 +369,11 @@ def make_part(
             tensors = method.calibrate(s, tensors, s.params())
         fill(s.path, tensors)
     return part
+
+
+def _never_trains(method: Any) -> set[str]:
+    """Names of tensors that stay as they are, or are written by the method's own hooks alone."""
+    return {n for hook in ("frozen", "books") if hasattr(method, hook) for n in getattr(method, hook)()}
 
 
 def _resolve_ties(
@@ -410,13 +415,15 @@ def bake(base: Base, delta: Delta) -> None:
         used = [(path, kind) for path, kind in part.kind_of.items() if found[path]]
         if not used:
             continue
+        became = method.baked_as(found) if hasattr(method, "baked_as") else method.baked()
         made = Part(
-            method.baked_as(found) if hasattr(method, "baked_as") else method.baked(), used, name=part.name,
-            scope=part.scope, auto=part.auto, alias={o: p for o, p in part.alias.items() if found[p]}, tied=part.tied,
+            became, used, name=part.name, scope=part.scope, auto=part.auto,
+            alias={o: p for o, p in part.alias.items() if found[p]}, tied=part.tied,
         )  # fmt: skip
+        frozen = _never_trains(became)
         for path, tensors in found.items():
             for name, value in tensors.items():
-                made.put(path, name, value, trainable=True)
+                made.put(path, name, value, trainable=name not in frozen)
         kept.append(made)
     if not kept:
         hint = "prune less: a smaller threshold, or a larger budget"

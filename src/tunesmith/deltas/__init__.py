@@ -26,6 +26,7 @@ from tunesmith.deltas.weight.hft import HFT
 from tunesmith.deltas.weight.hira import HiRA
 from tunesmith.deltas.weight.hut import HUT
 from tunesmith.deltas.weight.hydra import Hydra
+from tunesmith.deltas.weight.implicit_sparse import ImplicitSparse
 from tunesmith.deltas.weight.increlora import IncreLoRA
 from tunesmith.deltas.weight.lift import LIFT
 from tunesmith.deltas.weight.loha import LoHa
@@ -72,6 +73,7 @@ __all__ = [
     "Head",
     "HiRA",
     "Hydra",
+    "ImplicitSparse",
     "IncreLoRA",
     "Ladder",
     "LoHa",

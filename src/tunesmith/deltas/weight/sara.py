@@ -7,8 +7,9 @@ p trains and starts at theta0[M], so a fresh delta is the identity bit for bit; 
 gradients and optimiser state exist for p alone. Weight decay of the run pulls the entries themselves to 0, not to the
 base (the paper has 0.01). At `progressive` of the run entries with |p| >= t are frozen as they are, and the others go
 on with fresh moments. With `nuclear` lambda > 0 each step adds lambda ||W * M||_* for one random matrix of both sizes
-above 64 and more than 100 entries in M; its gradient U V^T goes to p. Merges exactly. Places are stored: a mask derived
-anew from the base would differ where a base is loaded in another number format.
+above 64 and more than 100 entries in M; its gradient U V^T goes to p. Merges exactly. When training is over the delta is
+kept as an `implicit-sparse` one: theta'[M], t and a digest of M, which is found on the base again. `implicit=false` stores
+the places instead, which also serves a base that is loaded in a coarser number format than it was trained in.
 
 Released code differs: it takes the absolute value of p at the start and at the switch, which loses the sign and the
 identity, and in its memory-saving form the penalty does not reach p. Neither is copied.
@@ -17,7 +18,7 @@ Defaults: t 2e-3 for all tensors (that of Stable Diffusion 1.5), at half the run
 has 5e-4). With `share` q each tensor has its own t: its q smallest entries train. Set one of the two for your model:
 `share=0.05` suits any.
 Use when: a generator must learn a style or concept and keep what it can do. Avoid when: the base's small weights matter.
-Cost: count(|theta0| < t) values, as many starting values and int64 places.
+Cost: count(|theta0| < t) values, in training as many starting values and int64 places too.
 
 Hu et al. 2024, arXiv 2409.06633.
 """
@@ -36,9 +37,7 @@ from tunesmith.core.delta import site_seed
 from tunesmith.core.method import option, register
 from tunesmith.core.sites import Site
 from tunesmith.deltas.weight import sparse
-
-KINDS = ("linear", "conv1d", "conv2d", "embedding", "norm")
-STORES = {"weight": "", "bias": sparse.BIAS}
+from tunesmith.deltas.weight.implicit_sparse import KINDS, STORES, ImplicitSparse
 
 
 @register("sara", carrier="weight", paper="2409.06633", kinds=KINDS)
@@ -55,17 +54,18 @@ class SaRA:
     nuclear: float = option(0.0, "lambda: weight of the nuclear norm of one matrix a step", low=0.0, high=1e6)
     smallest: int = option(64, "matrices with a side of this or less have no penalty", low=0, high=10**6)
     bias: bool = option(True, "small biases and shifts of norms train too")
+    implicit: bool = option(True, "keep values and a digest of the mask when trained, not the places")
     targets: str = option("everything", "which layers to change")
 
     def among(self, sites: list[Site]) -> list[Site]:
         """The targets that have entries in M."""
-        return [s for s in sites if any(self._small(p).any() for p in self._of(s).values())]
+        return self._kept().among(sites)
 
     def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """The places `indices` int64, `values` p and `origin` theta0[M] fp32, and the settled store; `bias_...` as well."""
-        out = {}
-        for name, p in self._of(site).items():
-            places = torch.nonzero(self._small(p)).squeeze(1)
+        out, kept = {}, self._kept()
+        for name, p in kept.flat(site).items():
+            places = kept.smallest(p)
             if len(places):
                 out.update(sparse.overwritten(p, places, STORES[name]))
         return out
@@ -109,6 +109,25 @@ class SaRA:
                     sparse.settle(part, now, path, p > start.max() if self.share else p >= self.threshold, prefix)
                     now.reset(path, prefix + "values")
 
+    @torch.no_grad()
+    def bake(self, site: Site, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        """theta'[M] and the digest of M."""
+        if not self.implicit:
+            return t
+        kept = self._kept()
+        out = kept.init(site, torch.Generator())
+        for prefix in STORES.values():
+            if prefix + "values" not in t:
+                continue
+            places, values = kept.placed(site, out)[prefix + "indices"], out[prefix + "values"]
+            values[sparse.survivors(places, t[prefix + "indices"])] = t[prefix + "values"]
+            values[sparse.survivors(places, t[prefix + "settled_indices"])] += t[prefix + "settled_values"]
+        return out
+
+    def baked(self) -> Any:
+        """The method of a delta that is trained."""
+        return self._kept() if self.implicit else self
+
     def touches(self) -> tuple[str, ...]:
         return ("weight", "bias") if self.bias else ("weight",)
 
@@ -119,18 +138,8 @@ class SaRA:
         """1e-3 exp(-350 t) as released; with `share`, what the default t gives."""
         return {"lr": 1e-3 * math.exp(-350 * (2e-3 if self.share else self.threshold))}
 
-    def _of(self, site: Site) -> dict[str, Tensor]:
-        own = site.params()
-        return {n: own[n].detach().reshape(-1).float() for n in self.touches() if own.get(n) is not None}
-
-    def _small(self, p: Tensor) -> Tensor:
-        """M of a flat tensor, bool."""
-        if not self.share:
-            return p.abs() < self.threshold
-        mask = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-        if k := round(self.share * len(p)):
-            mask[sparse.top(-p.abs(), k)] = True
-        return mask
+    def _kept(self) -> ImplicitSparse:
+        return ImplicitSparse(threshold=self.threshold, share=self.share, bias=self.bias, targets=self.targets)
 
     @classmethod
     def toy(cls) -> SaRA:
