@@ -186,6 +186,9 @@ def test_a_context_is_read_from_a_file(causal_folder: Path, tmp_path: Path, monk
     path = next(iter(run.delta.parts[0].kind_of))
     starts = [Delta.load(tmp_path / f"runs/{r.name}/start").parts[0].tensors(path)["B0"] for r in (own, run)]
     assert not torch.allclose(starts[0], starts[1])
+    assert "context" not in own.delta.provenance
+    want = {str(facts): {"digest": read(facts).digest, "rows": 2}}
+    assert run.delta.provenance["context"] == want == store.peek(tmp_path / "runs/facts/delta")["provenance"]["context"]
     with pytest.raises(ts.TunesmithError, match="nowhere"):
         ts.tune(str(causal_folder), CHAT, method=CorDA(rank=2, context=str(tmp_path / "nowhere.jsonl")), **ASKED)
 

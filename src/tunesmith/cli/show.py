@@ -66,7 +66,9 @@ def _rows(head: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, 
         rows.append((f"part {part['name']}", f"{part['method']} ({part['carrier']}{scope}), {_sites(part)}"))
         rows.append(("", options))
     rows.append(("tensors", f"{len(head['tensors'])}, {amount(head['file']['bytes'])}"))
-    rows.extend((key, _plain(facts[key])) for key in ("data", "seeds", "metrics", "lineage") if facts.get(key))
+    rows.extend(
+        (key, _plain(facts[key])) for key in ("data", "context", "seeds", "metrics", "lineage") if facts.get(key)
+    )
     effect = facts.get("effect")
     if isinstance(effect, dict):
         rows.append(("effect", f"largest change on the probe {effect.get('max_abs')}"))

@@ -156,6 +156,8 @@ class Delta(nn.Module):
         facts: dict[str, Any] = {"base": base.fingerprint.to_dict(), "seeds": {"init": seed}, "untrained": True}
         if base.source.get("derived"):
             facts["derived"] = base.source["derived"]  # how to make the base again, or why that needs its files
+        if sample is not None and sample.context:
+            facts["context"] = dict(sample.context)
         return cls(name, parts, provenance=facts)
 
     @classmethod

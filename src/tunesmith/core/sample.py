@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class Sample:
         companions: the other methods of the delta being made, such as the head that the loss needs.
         seed: for whatever a method draws.
         read: `read(base, source)`: a sample of other data (a path), for methods that measure on more than the task.
+        context: what was read so, `{source: {"digest", "rows"}}`, filled by `read` and kept in the delta's provenance.
     """
 
     batches: Callable[[], Iterable[Any]]
@@ -50,6 +51,7 @@ class Sample:
     companions: tuple[Any, ...] = ()
     seed: int = 0
     read: Callable[[Base, str], Sample] | None = None
+    context: dict[str, Any] = field(default_factory=dict)
 
     def of(self, base: Base, source: str) -> Sample:
         """A sample of the data at `source` for this base. Raises UsageError where no other data can be read."""

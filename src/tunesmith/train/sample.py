@@ -27,6 +27,8 @@ def sample_of(
 ) -> Sample:
     """At most `batches` batches of the task's first epoch, in the order of the run; trials treat ties as `tied` says."""
 
+    context: dict[str, Any] = {}
+
     def stream() -> Iterator[Any]:
         for indices in itertools.islice(task.plan(config.batch_size, config.seed, 0), batches):
             yield task.batch(indices, 0)
@@ -61,10 +63,13 @@ def sample_of(
         from tunesmith.train.prepare import prepare
 
         plain = dataclasses.replace(config, overflow="truncate", packing=False)
-        found = prepare(base, rows_of(source), plain)
+        rows = rows_of(source)
+        context[source] = {"digest": rows.digest, "rows": len(rows)}
+        found = prepare(base, rows, plain)
         return sample_of(found.task, plain, batches=batches, tied=tied, progress=progress)
 
-    return Sample(stream, run, loss, keep, train, read=None if isinstance(task, LoaderTask) else read)
+    other = None if isinstance(task, LoaderTask) else read
+    return Sample(stream, run, loss, keep, train, read=other, context=context)
 
 
 def sample(base: Base, data: Any, *, batch_size: int = 8, batches: int = BATCHES, seed: int = 0) -> Sample:

@@ -12,7 +12,8 @@ deltas of one base add up. The damping d starts at 0.01 and doubles until the in
 its scale leaves B0 A0 as it is but would move size between B0 and A0. Merges exactly.
 
 `mode="instruction"` trains the r components that say most on the training data. `mode="knowledge"` trains the r that say
-least on `context`, data of what must be kept (questions and answers, plain text), and so leaves the others alone.
+least on `context`, data of what must be kept (questions and answers, plain text), and so leaves the others alone. The
+delta's provenance names that data with its digest.
 
 Defaults: r 16 and alpha 16 (s = 1) on every linear layer but the output head, 64 batches; the authors use r 128 and 256
 examples of 2,048 tokens. In knowledge mode B0 and A0 are small, so it takes a larger learning rate.
