@@ -39,6 +39,7 @@ def methods() -> str:
     """One row per registered method: name, Python name, carrier, whether it merges, paper, what it does."""
     import tunesmith.deltas
     from tunesmith.core import method as registry
+    from tunesmith.core.derive import trainable_recipes
 
     def row(info: registry.MethodInfo) -> tuple[str, ...]:
         paper = f"[{info.paper}](https://arxiv.org/abs/{info.paper})" if info.paper else ""
@@ -46,7 +47,11 @@ def methods() -> str:
         return f"`{info.name}`", f"`ts.{info.cls.__name__}`", info.carrier, merges, paper, info.summary
 
     ours = [i for i in registry.methods() if i.cls.__name__ in tunesmith.deltas.__all__]
-    return table(("name", "in Python", "carrier", "merges", "paper", "what it does"), map(row, ours))
+    rows = [row(i) for i in ours]
+    for i in trainable_recipes():
+        paper = f"[{i.paper}](https://arxiv.org/abs/{i.paper})" if i.paper else ""
+        rows.append((f"`{i.name}`", f"`ts.derive.{i.cls.__name__}`", "a new base", "yes", paper, i.summary))
+    return table(("name", "in Python", "carrier", "merges", "paper", "what it does"), rows)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"verbs": verbs, "methods": methods}

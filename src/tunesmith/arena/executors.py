@@ -18,7 +18,7 @@ from tunesmith.core.base import Base
 from tunesmith.core.derive import records
 from tunesmith.core.errors import BaseMismatch, Interrupted, ResourceError, TunesmithError, UsageError
 from tunesmith.core.method import load_methods
-from tunesmith.models.open import load
+from tunesmith.models.open import load, opened_as
 from tunesmith.train.config import TrainConfig
 
 STORE_BYTES = 100 * 2**20  # Ray's shared memory; results are small, and larger inputs go to disk
@@ -166,13 +166,12 @@ class Place:
     @classmethod
     def of(cls, base: Base) -> Place:
         """Raises UsageError for a base that was given as an object, or derived and not saved."""
-        derived = records(base)
-        name = base.source.get("folder") if derived else base.source.get("name")
+        derived, name = records(base), opened_as(base)
         if name is None:
             hint = "save it with save_derived and give the folder" if derived else "give a name or a folder"
             raise UsageError("workers open the base by its name, and this one has none", where="workers", hint=hint)
         dtype = str(base.dtype).removeprefix("torch.")
-        return cls(str(name), dtype, None if derived else base.source.get("task"), base.fingerprint.digest)
+        return cls(name, dtype, None if derived else base.source.get("task"), base.fingerprint.digest)
 
     def open(self) -> Base:
         """Raises BaseMismatch where the name means another base here."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.core.method import MethodInfo
+    from tunesmith.core.registry import Info
 
 HELP = examples("tunesmith methods", "tunesmith methods lora", "tunesmith methods --family combiners")
 FAMILIES = ("methods", "combiners", "recipes", "probes")
@@ -31,7 +32,7 @@ def methods(
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """List the methods: name, carrier, paper, capabilities, one line. With NAME, its options and their ranges.
+    """List what --method takes: name, carrier, paper, capabilities, one line. With NAME, its options and their ranges.
 
     --family lists the ways to combine deltas (merge --method), to derive a base, or to inspect a delta instead.
     """
@@ -41,8 +42,12 @@ def methods(
         return _family(family, name)
     import tunesmith.deltas  # noqa: F401 (registers them)
     from tunesmith.core import method as registry
+    from tunesmith.core.derive import trainable_recipes
 
-    return _all(registry.methods()) if name is None else _one(registry.get(name))
+    recipes = trainable_recipes()
+    if name in {i.name for i in recipes}:
+        return _family("recipes", name)
+    return _all(registry.methods(), recipes) if name is None else _one(registry.get(name))
 
 
 def _facts(info: MethodInfo) -> dict[str, Any]:
@@ -56,8 +61,12 @@ def _facts(info: MethodInfo) -> dict[str, Any]:
     }
 
 
-def _all(infos: list[MethodInfo]) -> Result:
+def _all(infos: list[MethodInfo], recipes: list[Info]) -> Result:
     rows = [_facts(i) for i in infos]
+    rows += [
+        {"name": i.name, "carrier": "base", "paper": i.paper, "capabilities": ["makes a new base first"], "kinds": [],
+         "summary": i.summary} for i in recipes
+    ]  # fmt: skip
 
     def view(console: Console) -> None:
         shown = table("name", "carrier", "paper", "capabilities", "what it does")
@@ -65,8 +74,9 @@ def _all(infos: list[MethodInfo]) -> Result:
             shown.add_row(*cells(r["name"], r["carrier"], r["paper"], "\n".join(r["capabilities"]), r["summary"]))
         console.print(shown)
 
-    carriers = {r["carrier"] for r in rows}
-    return Result({"methods": rows}, f"{len(rows)} methods over {len(carriers)} carriers", view)
+    carriers = {i.carrier for i in infos}
+    proof = f"{len(infos)} methods over {len(carriers)} carriers, and {len(recipes)} that first make a new base"
+    return Result({"methods": rows}, proof, view)
 
 
 def _family(family: str, name: str | None) -> Result:

@@ -161,13 +161,12 @@ def _refuse_others(context: typer.Context) -> None:
 
 
 def parsed_methods(texts: list[str] | None) -> list[Any] | None:
-    """Method instances from `name:key=value,..`, or None. Raises UsageError naming the nearest name or option."""
+    """Methods (and recipes) from `name:key=value,..`, or None. Raises UsageError naming the nearest name or option."""
     if not texts:
         return None
-    import tunesmith.deltas  # noqa: F401 (registers the methods)
-    from tunesmith.core.method import parse
+    from tunesmith.train.derived import parse_method
 
-    return [parse(text) for text in texts]
+    return [parse_method(text) for text in texts]
 
 
 def _check_gates(require: str) -> None:
@@ -225,12 +224,16 @@ def check_fits(
 ) -> None:
     """Refuse a run that cannot fit into memory, before any weight is loaded. Raises ResourceError.
 
-    A base on the hub is left to the loader: planning would fetch its configuration twice.
+    A base on the hub is left to the loader: planning would fetch its configuration twice. So is one that is yet to be derived.
     """
     from tunesmith.models.bundled import BUNDLED
 
     if model not in BUNDLED and not Path(model).expanduser().exists():
         return
+    from tunesmith.core.derive import is_recipe
+
+    if any(is_recipe(m) for m in methods or []):
+        return  # what the recipe makes is known once it is made
     from tunesmith.train.plan import plan
 
     try:

@@ -8,6 +8,10 @@ A recipe is a class decorated with `@recipe(name)`: annotated fields with `optio
 `make(base, sample) -> Made`, which gives the modules to put in place of the parent's, by path. Everything else is shared
 with the parent. The same recipe on the same parent gives the same digest, so a base can be made again from its records
 (`again`), unless data or training went into it; then it is kept as files (`derived_store`).
+
+A recipe that `tune --method` may name also says what is trained on its result: `trains(base, extra) -> methods`, with
+`begin(delta, extra)` where that does not start as a fresh delta does, `observes() -> bool` where data goes into it, and
+`then(made, parent, sample) -> Base` for a stage that follows.
 """
 
 from __future__ import annotations
@@ -65,6 +69,16 @@ def derive(base: Base, how: Any, sample: Sample | None = None) -> Base:
     return derive_with(base, how, sample)[0]
 
 
+def is_recipe(how: Any) -> bool:
+    """Whether `how` is an instance of a registered recipe."""
+    return isinstance(getattr(how, "info", None), Info) and hasattr(how, "make")
+
+
+def trainable_recipes() -> list[Info]:
+    """The recipes that `tune --method` may name."""
+    return [i for i in RECIPES.all() if hasattr(i.cls, "trains")]
+
+
 def derive_with(base: Base, how: Any, sample: Sample | None = None) -> tuple[Base, Any]:
     """The derived base and what the recipe made besides it. Raises UsageError for what is no recipe."""
     info = getattr(how, "info", None)
@@ -74,7 +88,8 @@ def derive_with(base: Base, how: Any, sample: Sample | None = None) -> tuple[Bas
     made = how.make(base, sample)
     why = made.repeatable or ("data went into it" if sample is not None else None)
     made = dataclasses.replace(made, repeatable=why)
-    return step(base, made, info.name, dataclasses.asdict(how), info.paper), made.extra
+    derived = step(base, made, info.name, dataclasses.asdict(how), info.paper)
+    return (how.then(derived, base, sample) if hasattr(how, "then") else derived), made.extra
 
 
 def step(base: Base, made: Made, name: str, options: Mapping[str, Any], paper: str = "") -> Base:

@@ -73,9 +73,17 @@ class Registry:
         return self._known[name]
 
     def parse(self, text: str) -> Any:
-        """An instance from `name` or `name:key=value,key=value`, values in JSON or bare words."""
+        """An instance from `name` or `name:key=value,key=value`, values in JSON or bare words.
+
+        An option of several values takes a list, or one value by itself.
+        """
+        from tunesmith.core.expected import retyped
+
         name, options = split_options(text, self.what)
-        return self.get(name).cls(**options)
+        cls = self.get(name).cls
+        several = {r["name"] for r in schema(cls) if isinstance(r["default"], tuple)}
+        alone = {k: [v] if k in several and not isinstance(v, list) else v for k, v in options.items()}
+        return cls(**retyped(cls, alone))
 
     def all(self) -> list[Info]:
         """Every entry by name."""

@@ -15,12 +15,14 @@ from tunesmith.derive.factorise import FactoredLinear, Factorise, dense_delta, f
 from tunesmith.derive.lq import LQ, LoftQ, fisher_weights, loftq, lq_lora
 from tunesmith.derive.nf import Format
 from tunesmith.derive.own import Schedule, TrainedBase, train_own
+from tunesmith.derive.pela import PELA
 from tunesmith.derive.quantise import Quantise, QuantLinear, quantise
 from tunesmith.derive.repair import repair
 from tunesmith.derive.sparsify import Densify, RandomMask, Sparsify, densify, flops, mask_of, masks, sparsify, split
 
 __all__ = [
     "LQ",
+    "PELA",
     "RECIPES",
     "Densify",
     "FactoredLinear",

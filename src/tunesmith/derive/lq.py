@@ -62,7 +62,20 @@ class LQ:
     rounds: int = option(100, "most rounds for each matrix", low=1, high=10000)
     trial_rounds: int = option(3, "most rounds when formats are compared", low=1, high=10000)
     exact: bool = option(False, "full decompositions instead of randomised ones")
+    fisher: bool = option(False, "in tune: weight errors by squared gradients on the training data, row by row")
     targets: str = option("all-linear", "which linear layers")
+
+    def observes(self) -> bool:
+        """Whether data goes into it."""
+        return self.fisher
+
+    def trains(self, base: Base, extra: Any) -> list[Any]:
+        """The LoRA that starts at (L1, L2)."""
+        return [lora_at(_ranks(extra))]
+
+    def begin(self, delta: Delta, extra: Any) -> None:
+        """Put (L1, L2) into it."""
+        put(delta, extra)
 
     def make(self, base: Base, sample: Sample | None) -> Made:
         """Packed layers by path; `extra` holds (L1, L2) of each. With a sample, errors are weighted by `fisher_weights`."""
@@ -116,6 +129,14 @@ class LoftQ:
     rounds: int = option(1, "rounds (PEFT's loftq_iter)", low=1, high=10000)
     exact: bool = option(True, "full decompositions, as PEFT; false is quicker")
     targets: str = option("all-linear", "which linear layers")
+
+    def trains(self, base: Base, extra: Any) -> list[Any]:
+        """The LoRA that starts at (L1, L2)."""
+        return [lora_at(_ranks(extra))]
+
+    def begin(self, delta: Delta, extra: Any) -> None:
+        """Put (L1, L2) into it."""
+        put(delta, extra)
 
     def make(self, base: Base, sample: Sample | None) -> Made:
         """Packed layers by path; `extra` holds (L1, L2) of each."""
@@ -187,14 +208,21 @@ def loftq(
     return derived, started_at(derived, factors, alpha, name)
 
 
-@torch.no_grad()
 def started_at(base: Base, factors: Factors, alpha: float | None = None, name: str = "delta") -> Delta:
     """A LoRA on `base` with s B A = L1 L2 at each path, whatever alpha makes s."""
-    method = lora_at({p: int(L2.shape[0]) for p, (_, L2) in factors.items()}, alpha)
-    delta = Delta.create(base, method, name=name)
+    delta = Delta.create(base, lora_at(_ranks(factors), alpha), name=name)
+    put(delta, factors, alpha)
+    return delta
+
+
+@torch.no_grad()
+def put(delta: Delta, factors: Factors, alpha: float | None = None) -> None:
+    """Set the first part's s B A to L1 L2 at each path; s is 1 without an alpha."""
     for p, (L1, L2) in factors.items():
-        k = L2.shape[0]
-        root = 1.0 if alpha is None else math.sqrt(alpha / k)
+        root = 1.0 if alpha is None else math.sqrt(alpha / L2.shape[0])
         delta.parts[0].parameter(p, "A").copy_(L2 / root)
         delta.parts[0].parameter(p, "B").copy_(L1 / root)
-    return delta
+
+
+def _ranks(factors: Factors) -> dict[str, int]:
+    return {p: int(L2.shape[0]) for p, (_, L2) in factors.items()}

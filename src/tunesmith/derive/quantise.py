@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.core import method as methods
 from tunesmith.core.base import Base
 from tunesmith.core.derive import Made, derive, recipe
 from tunesmith.core.derived_store import form
@@ -128,6 +129,10 @@ class Quantise:
     code: str = option("nf", "code values: quantiles of a normal distribution, or evenly spaced", choices=("nf", "int"))
     budget: float = option(0.0, "bits a weight on average, 0 for no limit", low=0.0, high=32.0)
     targets: str = option("all-linear", "which linear layers")
+
+    def trains(self, base: Base, extra: Any) -> list[Any]:
+        """An ordinary LoRA beside the packed layers, as QLoRA does; other methods are named beside the recipe."""
+        return [methods.build("lora", {"targets": self.targets})]
 
     def make(self, base: Base, sample: Sample | None) -> Made:
         """Packed layers by path; `facts` says the bits a weight and how often each format was chosen."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tunesmith.core.base import Base
+from tunesmith.core.derive import records
 from tunesmith.core.derived_store import is_derived, load_derived, parent_of
 from tunesmith.models.bundled import BUNDLED
 from tunesmith.models.load import load_parts
@@ -68,3 +69,9 @@ def load(
     return Base(
         parts.model, tokenizer=parts.tokenizer, example=example, name=parts.name, family=parts.family, source=source
     )
+
+
+def opened_as(base: Base) -> str | None:
+    """What `load` opens this base by: its folder where it was derived, else the name it was given. None for neither."""
+    found = base.source.get("folder") if records(base) else base.source.get("name")
+    return None if found is None else str(found)

@@ -18,13 +18,14 @@ import torch
 from tunesmith.core import method as methods
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
-from tunesmith.core.errors import ResourceError
+from tunesmith.core.errors import ResourceError, UsageError
 from tunesmith.core.memory import available_memory
 from tunesmith.core.sites import Site
 from tunesmith.data import Dataset, read
 from tunesmith.models.precision import parse
 from tunesmith.models.skeleton import skeleton
 from tunesmith.train.config import TrainConfig
+from tunesmith.train.derived import parted
 from tunesmith.train.prepare import choose_methods, prepare
 
 _OVERHEAD = 450_000_000  # interpreter, torch, tokenizer and allocator slack
@@ -75,6 +76,10 @@ def plan(model: str | Base, data: Any, *, method: Any = None, system: str | None
     Raises what `tune` would raise for the same arguments: unknown settings, targets that match nothing, bad data.
     """
     config = TrainConfig.build(settings)
+    recipe, method = parted(method)
+    if recipe is not None:
+        hint = "tune with --steps 1 --no-receipt makes the base; then plan on runs/NAME/base"
+        raise UsageError(f"what {recipe.info.name} makes of a base is known once it is made", where="method", hint=hint)
     base = model if isinstance(model, Base) else skeleton(model)
     dataset = data if isinstance(data, Dataset) else read(data)
     ready = prepare(base, dataset, replace(config, packing=False), system=system)

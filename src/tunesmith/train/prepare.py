@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tunesmith.core import method as methods
 from tunesmith.core.base import Base
+from tunesmith.core.delta import Delta
+from tunesmith.core.derive import records
 from tunesmith.core.errors import DataError, UsageError
 from tunesmith.core.objective import get_objective
 from tunesmith.data import Dataset, check_packing, encode, pack, supervision
@@ -19,6 +22,7 @@ from tunesmith.data.images import normalised
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.tasks import PackedTask, RowTask, Task
 
+START = "start"
 _OBJECTIVE = {
     "chat": "sft", "text": "sft", "classification": "classification", "image": "classification",
     "audio": "classification", "regression": "regression", "tagging": "tagging",
@@ -127,12 +131,21 @@ def choose_methods(base: Base, method: Any, prepared: Prepared) -> list[Any]:
     made = [methods.parse(m) if isinstance(m, str) else m for m in given]
     for m in made:
         methods.info_of(m)
+    start = start_of(base)
+    if not made and start is not None:
+        made = [p.method for p in Delta.load(start, base).parts]
     if not made:
         # A convolutional net has few wide matrices to factorise; per-channel scale and shift suits it.
         made = [methods.build("ssf", {"start": "identity"}) if _has_convs(base) else methods.build("lora")]
     if prepared.head and not any(methods.info_of(m).name == "head" for m in made):
         made.append(methods.build("head", prepared.head))
     return made
+
+
+def start_of(base: Base) -> Path | None:
+    """The delta that training on a derived base begins from, kept beside it; None where there is none."""
+    place = Path(base.source["folder"]) / START if records(base) and base.source.get("folder") else None
+    return place if place is not None and (place / "delta.json").is_file() else None
 
 
 def _has_convs(base: Base) -> bool:

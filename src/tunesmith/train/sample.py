@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tunesmith.core.base import Base
@@ -16,6 +17,7 @@ from tunesmith.core.delta import Delta
 from tunesmith.core.method import observes
 from tunesmith.core.sample import Sample
 from tunesmith.train.config import TrainConfig
+from tunesmith.train.prepare import START, prepare, start_of
 from tunesmith.train.processes import is_main
 from tunesmith.train.tasks import LoaderTask, Task, moved, outputs
 
@@ -60,7 +62,6 @@ def sample_of(
 
     def read(base: Base, source: str) -> Sample:
         from tunesmith.data import read as rows_of
-        from tunesmith.train.prepare import prepare
 
         plain = dataclasses.replace(config, overflow="truncate", packing=False)
         rows = rows_of(source)
@@ -79,7 +80,6 @@ def sample(base: Base, data: Any, *, batch_size: int = 8, batches: int = BATCHES
     """
     from tunesmith.data import Dataset
     from tunesmith.data import read as rows_of
-    from tunesmith.train.prepare import prepare
 
     config = TrainConfig(batch_size=batch_size, seed=seed, overflow="truncate")
     dataset = data if isinstance(data, Dataset) else rows_of(data)
@@ -98,12 +98,29 @@ def started(
 ) -> Delta:
     """The delta before its first step. What was learnt from data for it is kept in `folder/start` for a resume."""
     if not any(observes(m) for m in methods):
-        return Delta.create(base, *methods, name=name, seed=config.seed, tied=tied)
-    kept = folder / "start" if folder is not None else None
+        delta = Delta.create(base, *methods, name=name, seed=config.seed, tied=tied)
+        _begin(base, delta)
+        return delta
+    kept = folder / START if folder is not None else None
     if kept is not None and (kept / "delta.json").exists():
         return Delta.load(kept, base)
     sample = sample_of(task, config, tied=tied, progress=progress)
     delta = Delta.create(base, *methods, name=name, seed=config.seed, tied=tied, sample=sample)
+    _begin(base, delta)
     if kept is not None and is_main():
         delta.save(kept)
     return delta
+
+
+def _begin(base: Base, delta: Delta) -> None:
+    """Where the base was derived with a delta to start from, give the same methods its tensors."""
+    place = start_of(base)
+    if place is None:
+        return
+    first = Delta.load(place, base)
+    if [p.method for p in first.parts] != [p.method for p in delta.parts[: len(first.parts)]]:
+        return
+    with torch.no_grad():
+        for mine, its in zip(delta.parts, first.parts, strict=False):
+            for path, name, t in its.items():
+                mine.parameter(path, name).copy_(t)

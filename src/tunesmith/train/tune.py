@@ -23,8 +23,9 @@ from tunesmith.evaluate.controls import random_delta, shuffled
 from tunesmith.evaluate.gates import accepted, check, parse_require
 from tunesmith.evaluate.receipt import Cost, Training
 from tunesmith.evaluate.run import evaluate
-from tunesmith.models.open import load
+from tunesmith.models.open import load, opened_as
 from tunesmith.train.config import TrainConfig
+from tunesmith.train.derived import derived_base, parted
 from tunesmith.train.loop import Trained, fit
 from tunesmith.train.prepare import Prepared, choose_methods, prepare
 from tunesmith.train.processes import is_main
@@ -71,7 +72,8 @@ def tune(
         base: a base, its name or folder, or any module.
         data: a path, list of rows, `Dataset` or `datasets.Dataset`; or, with `loss`, any iterable of batches.
         method: a method, its name with options (`"lora:rank=16"`), or a list of them; chosen by the base if None. A head
-            is added where the data needs one.
+            is added where the data needs one. A recipe of a base that says what trains on it (`"lq-lora:rank=16"`, an
+            instance of `ts.derive.LQ`) comes first: the derived base is kept in the run's folder.
         validation: data that picks the best state (every `evaluate_every` steps); test: data the receipt is measured on;
             without it a tenth of `data` is held out.
         loss: `loss(output, batch)`, the mean over rows; makes `data` an iterable of batches and needs no transformers.
@@ -100,11 +102,17 @@ def tune(
     if receipt and tested is None:
         dataset, tested = dataset.split(HELD_OUT, seed=config.seed)
     prepared = prepare(opened, dataset, config, system=system)
-    chosen = choose_methods(opened, method, prepared)
-    folder = new_folder(name, out, f"{methods.info_of(chosen[0]).name}-{Path(dataset.report.path or 'data').stem}")
+    recipe, method = parted(method)
+    label = recipe.info.name if recipe is not None else None
+    chosen = [] if recipe is not None else choose_methods(opened, method, prepared)
+    label = label or methods.info_of(chosen[0]).name
+    folder = new_folder(name, out, f"{label}-{Path(dataset.report.path or 'data').stem}")
+    if recipe is not None:
+        opened, method = derived_base(opened, recipe, method, prepared, config, folder)
+        chosen = choose_methods(opened, method, prepared)
     record = {
         "created": now(),
-        "model": opened.source.get("name", opened.name),
+        "model": opened_as(opened) or opened.name,
         "task": opened.source.get("task"),
         "methods": [{"name": methods.info_of(m).name, "options": methods.config(m)} for m in chosen],
         "data": _described(dataset), "validation": _described(valid), "test": _described(tested),
