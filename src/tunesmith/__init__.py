@@ -37,6 +37,7 @@ _NAMES = {
     "plan": "tunesmith.train.plan",
     "read": "tunesmith.data",
     "register": "tunesmith.core.method",
+    "route": "tunesmith.compose",
     "scale": "tunesmith.compose",
     "resume": "tunesmith.train.tune",
     "subtract": "tunesmith.compose",

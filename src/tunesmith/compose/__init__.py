@@ -18,6 +18,7 @@ from tunesmith.compose.linear import Linear, TaskArithmetic
 from tunesmith.compose.lines import Lines
 from tunesmith.compose.merge import Compressed, compress, merge, negate, scale, subtract
 from tunesmith.compose.pcb import PCB
+from tunesmith.compose.route import reset, route, trace
 from tunesmith.compose.sphere import Karcher, NuSlerp, Slerp
 from tunesmith.compose.stock import ModelStock
 from tunesmith.core.combine import COMBINERS, Combiner
@@ -48,6 +49,9 @@ __all__ = [
     "compress",
     "merge",
     "negate",
+    "reset",
+    "route",
     "scale",
     "subtract",
+    "trace",
 ]

@@ -2,6 +2,7 @@
 """The methods: importing this package registers every one of them."""
 
 from tunesmith.deltas.hidden.ia3 import IA3
+from tunesmith.deltas.hidden.meteora import MeteoRA
 from tunesmith.deltas.hidden.ssf import SSF
 from tunesmith.deltas.output.head import Head
 from tunesmith.deltas.prompt.p_tuning import PTuning
@@ -81,6 +82,7 @@ __all__ = [
     "LoRA",
     "LoRARefactor",
     "Mask",
+    "MeteoRA",
     "MiSS",
     "NormTuning",
     "OLoRA",
