@@ -26,6 +26,7 @@ _NAMES = {
     "checks": "tunesmith",
     "compose": "tunesmith",
     "compress": "tunesmith.compose",
+    "decode": "tunesmith",
     "derive": "tunesmith",
     "diff": "tunesmith.evaluate.difference",
     "prove": "tunesmith.evaluate.run",

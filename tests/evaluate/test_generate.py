@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import DataError, DeltaError, UsageError
+from tunesmith.core.reading import Cached, shared_length
 from tunesmith.core.toys import toys
 from tunesmith.data import Dataset
 from tunesmith.data.dataset import DataReport
@@ -22,7 +23,7 @@ from tunesmith.deltas.output.head import Head
 from tunesmith.deltas.prompt.prefix_tuning import PrefixTuning
 from tunesmith.deltas.prompt.prompt_tuning import PromptTuning
 from tunesmith.deltas.weight.lora import LoRA
-from tunesmith.evaluate.generate import Cached, chat, decode, generate, shared_length, stream
+from tunesmith.evaluate.generate import chat, decode, generate, stream
 from tunesmith.evaluate.score import constant, examples, option_logprobs, predict, row_nll
 
 VOCAB = 60

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from tunesmith.core.base import Base
 from tunesmith.core.errors import UsageError
+from tunesmith.core.reading import accepted
 from tunesmith.data import Dataset, collate
 from tunesmith.evaluate.drift import cosine, headless, vectors
-from tunesmith.evaluate.generate import accepted
 from tunesmith.evaluate.metrics import Metric, metric_for
 from tunesmith.evaluate.metrics import metric as named_metric
 from tunesmith.evaluate.panels import probes

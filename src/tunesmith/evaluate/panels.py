@@ -26,10 +26,11 @@ from tunesmith.core import apply
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta, View
 from tunesmith.core.errors import DataError, ResourceError, TunesmithError, UsageError
+from tunesmith.core.reading import accepted, can_cache
 from tunesmith.core.trace import primary
 from tunesmith.data import prompt_ids, template_info
 from tunesmith.data.layout import stop_ids_for
-from tunesmith.evaluate.generate import accepted, can_cache, decode, generate, require_writer
+from tunesmith.evaluate.generate import decode, generate, require_writer
 from tunesmith.evaluate.metrics import metric
 from tunesmith.evaluate.receipt import Choice, Kl, Perplexity, Rate, Retention, Safety, SafetySample, write_text
 from tunesmith.evaluate.refusal import is_refusal

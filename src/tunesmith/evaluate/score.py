@@ -20,18 +20,12 @@ from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta, View, as_view
 from tunesmith.core.errors import DataError, UsageError
 from tunesmith.core.features import features
+from tunesmith.core.reading import Cached, accepted, can_cache
 from tunesmith.core.trace import primary
 from tunesmith.data import IGNORED, Dataset, collate, encode, preference_sides, prompt_ids
 from tunesmith.data.images import normalised
 from tunesmith.data.layout import layout_for, stop_ids_for
-from tunesmith.evaluate.generate import (
-    Cached,
-    accepted,
-    can_cache,
-    decode,
-    generate,
-    require_writer,
-)
+from tunesmith.evaluate.generate import decode, generate, require_writer
 
 Progress = Callable[[int, int], None]
 Nll = tuple[float, int]
