@@ -8,15 +8,17 @@ of them must be read, and `step(logits, t, rows)` makes next-token log-probabili
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta, View, as_view
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import UsageError, nearest
 from tunesmith.core.reading import Cached, Whole, reader
 
 
@@ -66,6 +68,39 @@ class Decoder(Protocol):
     def step(self, logits: Mapping[int, Tensor], step: int, rows: int) -> Tensor:
         """Log-probabilities [rows, V] fp32 from the logits [rows, V] of the members needed."""
         ...
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_BUILDERS: dict[str, Callable[..., Decoder]] = {}
+
+
+def decoder(name: str) -> Callable[[F], F]:
+    """Function decorator that enters what builds a decoder under `name`, so that engines find it without its folder."""
+
+    def wrap(build: F) -> F:
+        _BUILDERS[name] = build
+        return build
+
+    return wrap
+
+
+def get_decoder(name: str) -> Callable[..., Decoder]:
+    """What builds the decoder called `name`. Raises UsageError naming the nearest."""
+    if name not in _BUILDERS:
+        importlib.import_module("tunesmith.decode")
+    if name not in _BUILDERS:
+        raise UsageError(f"unknown decoder {name!r}", hint=nearest(name, _BUILDERS))
+    return _BUILDERS[name]
+
+
+def digest(made: Decoder) -> str:
+    """sha256 over a decoder's kind, its numbers, and the bases and deltas of its members."""
+    h = hashlib.sha256(type(made).__name__.encode())
+    options = {f.name: getattr(made, f.name) for f in fields(made) if f.name != "members"}  # type: ignore[arg-type]
+    h.update(repr(sorted(options.items())).encode())
+    for m in made.members:
+        h.update(repr((m.base.fingerprint.digest, [(v.delta.digest, v.strength) for v in m.deltas])).encode())
+    return h.hexdigest()
 
 
 def vocabulary(members: Sequence[Member]) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.core.decoding import Member, vocabulary
+from tunesmith.core.decoding import Member, decoder, vocabulary
 from tunesmith.core.errors import UsageError
 
 
@@ -55,6 +55,7 @@ class Combination:
         return combined(s, logp.get(0), self.top_p, self.plausible)
 
 
+@decoder("combine")
 def combine(
     base: Any,
     deltas: Sequence[tuple[Any, ...]] = (),
@@ -99,6 +100,7 @@ def combine(
     return Combination(chosen, tuple(total[k] for k in kept), vocabulary(chosen), top_p, plausible)
 
 
+@decoder("contrastive")
 def contrastive(expert: Any, amateur: Any, *, weight: float = 1.0, plausible: float = 0.1) -> Combination:
     """What the expert finds likely and the amateur does not: log p_expert - w log p_amateur over plausible tokens."""
     return combine(expert, [(-weight, amateur, None)], plausible=plausible)

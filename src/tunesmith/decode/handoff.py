@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.core.decoding import Member, vocabulary
+from tunesmith.core.decoding import Member, decoder, vocabulary
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading import can_cache
 
@@ -49,6 +49,7 @@ class Handoff:
         return torch.log_softmax(logits[self.needs(step)[0]][:, : self.size].float(), -1)
 
 
+@decoder("handoff")
 def handoff(base: Any, delta: Any, k: float = 15, *, aligned: Any = None, recompute: bool = True) -> Handoff:
     """Write `k` tokens without `delta`, then on with it.
 
@@ -96,6 +97,7 @@ class Forced:
         return torch.log_softmax(logits[0][:, : self.size].float(), -1)
 
 
+@decoder("forced")
 def forced(base: Any, delta: Any, tokens: Sequence[int]) -> Forced:
     """Begin every answer with `tokens` (a short refusal), then let the tuned model go on. Raises UsageError."""
     member = Member.of(delta, Member.of(base).base)

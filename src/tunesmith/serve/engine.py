@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.base import Base
+from tunesmith.core.decoding import Joint
 from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
 from tunesmith.core.trace import primary
 from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit
@@ -67,6 +68,8 @@ class _Live:
     shared: bool
     answer: list[int] = field(default_factory=list)
     cached: int = 0
+    caches: int = 1  # cells that a token takes
+    joint: Joint | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -141,8 +144,9 @@ class Engine:
             raise UsageError(f"the id {request.id!r} is in use")
         if n < 1 or request.new < 1:
             raise UsageError(f"a request has a prompt and writes something; got {n} and {request.new} tokens")
-        if n + request.new > self.longest:
-            raise UsageError(f"{n} + {request.new} tokens are more than the model's {self.longest}", where="prompt")
+        longest = min(self.longest, self.longest if request.delta is None else self.library.find(request.delta).longest)
+        if n + request.new > longest:
+            raise UsageError(f"{n} + {request.new} tokens are more than the model's {longest}", where="prompt")
         if not all(0 <= t < self.vocabulary for t in request.prompt):
             raise UsageError(f"a prompt holds token numbers from 0 to {self.vocabulary - 1}", where="prompt")
         one = self._waiting(request)
@@ -199,9 +203,8 @@ class Engine:
 
     def _join(self) -> list[Event]:
         # Tokens that are known but not read yet count as read: a prompt may be read faster than a token a step.
-        running = [
-            Running(r.request.id, len(r.tokens), r.request.new - len(r.answer), r.digest) for r in self.live.values()
-        ]
+        running = [Running(r.request.id, *_worst(len(r.tokens), r.request.new - len(r.answer), r.caches), r.digest)
+                   for r in self.live.values()]  # fmt: skip
         events: list[Event] = []
         requests, queue = {w.id: w for w in self.waiting}, []
         for w in self.waiting:
@@ -231,7 +234,8 @@ class Engine:
                 continue
             if held is not None and ("delta", held.digest) not in self.pool.owners():
                 self.pool.take(("delta", held.digest), self._cells[held.digest])
-            self.live[request.id] = _Live(request, held, self._shareable(held))
+            caches = 1 if request.delta is None else self.library.find(request.delta).caches
+            self.live[request.id] = _Live(request, held, self._shareable(held), caches=caches)
         self.waiting = [w for w in self.waiting if w.id in requests]
         return events
 
@@ -243,10 +247,10 @@ class Engine:
         # The delta as read and its factors beside it; on a model that keeps no cells, a token's worth.
         numbers = entry.nbytes // 2 if self.decoder is not None else 1
         self._cells[entry.digest] = max(1, -(-numbers // self._numbers))
-        return Waiting(r.id, len(r.prompt), r.new, entry.digest, r.arrived)
+        return Waiting(r.id, *_worst(len(r.prompt), r.new, entry.caches), entry.digest, r.arrived)
 
     def _shareable(self, held: Resident | None) -> bool:
-        if self.decoder is None:
+        if self.decoder is None or (held is not None and held.decoder is not None):
             return False
         if held is None:
             return True
@@ -303,18 +307,31 @@ class Engine:
         return found
 
     def _apart(self, r: _Live) -> list[Event]:
-        """The next token of one request by the model's own forward pass over all its tokens."""
-        ids = torch.tensor([r.tokens], device=self.base.device)
+        """The next token of one request by its decoder, or by the model's own forward pass over all its tokens."""
         try:
-            with self.base.evaluating(), self.base.using(r.resident.view if r.resident is not None else None):
-                z = primary(self.base.model(input_ids=ids))
-            if z is None:
-                raise UsageError("the model gave no logits", where=self.base.name)
+            z = self._guided(r) if r.resident is not None and r.resident.decoder is not None else self._whole(r)
         except TunesmithError as error:
             return self._end(r, "error", error)
-        self.pool.take(("cache", r.request.id), r.due)
+        self.pool.take(("cache", r.request.id), r.due * r.caches)
         r.cached = len(r.tokens)
-        return self._draw(r, z[0, -1])
+        return self._draw(r, z)
+
+    def _whole(self, r: _Live) -> Tensor:
+        """Logits [V] after all tokens of a request, read anew."""
+        ids = torch.tensor([r.tokens], device=self.base.device)
+        with self.base.evaluating(), self.base.using(r.resident.view if r.resident is not None else None):
+            z = primary(self.base.model(input_ids=ids))
+        if z is None:
+            raise UsageError("the model gave no logits", where=self.base.name)
+        return z[0, -1]
+
+    def _guided(self, r: _Live) -> Tensor:
+        """Log-probabilities [V] of a request's decoder, whose members keep caches of their own."""
+        if r.joint is None:
+            assert r.resident is not None and r.resident.decoder is not None
+            r.joint = Joint(r.resident.decoder)
+            return r.joint.start([r.request.prompt])[0]
+        return r.joint.more([r.answer[-1]])[0]
 
     def _draw(self, r: _Live, z: Tensor) -> list[Event]:
         try:
@@ -335,3 +352,8 @@ class Engine:
         self.live.pop(r.request.id)
         self._leave(r)
         return [Event(r.request.id, None, reason, error)]
+
+
+def _worst(tokens: int, left: int, caches: int) -> tuple[int, int]:
+    """(used, left) that never takes fewer cells than `caches` rows of (tokens, left) do, see `admission.need`."""
+    return caches * (tokens + left) - left, left

@@ -15,17 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core import store
+from tunesmith.core import decoding, store
 from tunesmith.core.base import Base
-from tunesmith.core.delta import Delta
+from tunesmith.core.delta import Delta, View
 from tunesmith.core.errors import DeltaError, TunesmithError, UsageError, nearest
 from tunesmith.core.header import HEADER
+from tunesmith.serve import guided
 from tunesmith.serve.mixed import Resident, resident
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered delta: where it is, what its header says, and the stamp of its file."""
+    """A registered delta: where it is, what its header says, and the stamp of its file.
+
+    A token of its rows takes `caches` cells, and a row at most `longest` tokens; both are of decoders only.
+    """
 
     name: str
     folder: Path
@@ -35,6 +39,8 @@ class Entry:
     provenance: dict[str, Any]
     layout: dict[str, Any]
     stamp: tuple[int, int]
+    caches: int = 1
+    longest: int = 1 << 30
 
 
 class Library:
@@ -54,7 +60,10 @@ class Library:
         self._pinned: set[str] = set()
 
     def scan(self, root: str | Path) -> list[tuple[Path, TunesmithError]]:
-        """Register every delta in the folders below `root` (`NAME/` or `NAME/delta/`); gives those refused, with why."""
+        """Register every delta in the folders below `root` (`NAME/` or `NAME/delta/`), then every decoder (see `guided`).
+
+        Gives those refused, with why.
+        """
         refused = []
         for folder in sorted(p for p in Path(root).iterdir() if p.is_dir()):
             place = folder if (folder / HEADER).is_file() else folder / "delta"
@@ -64,6 +73,11 @@ class Library:
                 self.register(place, folder.name)
             except TunesmithError as error:
                 refused.append((place, error))
+        for place in sorted(Path(root).glob(f"*/{guided.FILE}")):  # they name deltas, which are known by now
+            try:
+                self.guide(guided.read(place, self), place.parent.name)
+            except TunesmithError as error:
+                refused.append((place.parent, error))
         return refused
 
     def register(self, folder: str | Path, name: str | None = None) -> Entry:
@@ -105,6 +119,33 @@ class Library:
         self._held[entry.digest] = ready
         self._pinned.add(entry.digest)
         return entry
+
+    def guide(self, made: decoding.Decoder, name: str) -> Entry:
+        """Make a decoder known under a name; it is held for good, with the deltas of its members.
+
+        Raises UsageError for a name that is taken.
+        """
+        if name in self.entries:
+            raise UsageError(f"the name {name!r} is taken", hint="give another name")
+        key = decoding.digest(made)
+        views = [v for m in made.members for v in m.deltas]
+        entry = Entry(
+            name, Path(), key, sum(v.delta.nbytes for v in views), (type(made).__name__.lower(),),
+            {"members": [[m.base.name, *(v.delta.name for v in m.deltas)] for m in made.members]},
+            guided.layout_of(made), (0, 0), guided.caches(made, self.base), guided.longest(made),
+        )  # fmt: skip
+        self.entries[name] = entry
+        self._held[key] = Resident(name, View(Delta(name, [])), digest=key, decoder=made)
+        self._pinned.add(key)
+        return entry
+
+    def view(self, name: str) -> View:
+        """The delta of a name as it is now. Raises UsageError for a decoder, and what `acquire` raises."""
+        ready = self.acquire(name)
+        self.release(ready)
+        if ready.decoder is not None:
+            raise UsageError("is a decoder and no delta", where=name)
+        return ready.view
 
     def remove(self, name: str) -> None:
         """Forget a name; requests under way keep what they hold. Raises UsageError for an unknown one."""

@@ -19,6 +19,7 @@ from tunesmith.core import carriers
 from tunesmith.core.apply import Application
 from tunesmith.core.base import Base
 from tunesmith.core.carriers import Action
+from tunesmith.core.decoding import Decoder
 from tunesmith.core.delta import Delta, View, as_view
 from tunesmith.core.spectrum import factors
 
@@ -29,7 +30,7 @@ FEW = 4  # tokens of one delta up to which rows of several deltas share one batc
 class Resident:
     """A delta ready to serve: `low` has factors A [r, in] and B [out, r] (scale folded in), `other` the rest, by path.
 
-    `view` is the delta at its strength, `digest` names its content.
+    `view` is the delta at its strength, `digest` names its content. With a `decoder`, that writes and nothing else does.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Resident:
     low: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     other: dict[str, list[Action]] = field(default_factory=dict)
     digest: str = ""
+    decoder: Decoder | None = None
 
     @property
     def paths(self) -> set[str]:

@@ -70,6 +70,10 @@ def selftest(
         alone += _differ(together[r.id], engine.generate([r])[r.id])
     for name in (None, *names):
         held = None if name is None else library.acquire(name)
+        if held is not None and held.decoder is not None:  # several models: nothing to merge
+            library.release(held)
+            live.append(held.name)
+            continue
         mergeable = held is None or all(p.info.mergeable for p in held.view.delta.parts)
         with base.using(None if mergeable or held is None else held.view):
             model = base if not mergeable or held is None else base.merged(held.view)
