@@ -159,3 +159,11 @@ def test_an_unknown_policy_is_named() -> None:
         admit([], [], Limits(cells=5), {}, policy="lifo")
     with pytest.raises(UsageError, match="counters"):
         admit([], [], Limits(cells=5), {}, policy="fair")
+
+
+def test_a_batch_may_be_bound_to_so_many_deltas() -> None:
+    queue = [Waiting(str(i), 2, 2, f"d{i}") for i in range(4)]
+    sizes = {f"d{i}": 1 for i in range(4)}
+    assert len(admit(queue, [], Limits(1000, resident=2), sizes)) == 2
+    assert len(admit(queue, [Running("r", 2, 2, "d0")], Limits(1000, resident=2), sizes)) == 2
+    assert len(admit(queue, [], Limits(1000), sizes)) == 4

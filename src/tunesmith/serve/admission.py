@@ -60,12 +60,14 @@ class Limits:
         requests: in the running batch.
         prompt_tokens: of requests that join together (0: a sixth of the cells, as in the released server).
         deltas: distinct ones in the batch before clustering prefers requests whose delta is there already.
+        resident: most distinct ones in the batch at all (0: as many as fit).
     """
 
     cells: int
     requests: int = 64
     prompt_tokens: int = 0
     deltas: int = 8
+    resident: int = 0
 
     @property
     def joining(self) -> int:
@@ -93,6 +95,7 @@ class Batch:
         alone = not self.joined  # a prompt longer than the limit is read by itself, or it would wait for ever
         return (
             len(requests) <= self.limits.requests
+            and (not self.limits.resident or len(deltas) <= self.limits.resident)
             and (joining <= self.limits.joining or alone)
             and need(requests) <= room
         )
