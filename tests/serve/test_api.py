@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +13,15 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
-from byte_tokenizer import byte_tokenizer
-from serve_cases import moved, tiny_llama
+from serve_cases import moved
+from serve_http import Served, asked
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
-from tunesmith.deltas import IA3, LoRA
+from tunesmith.deltas import LoRA
 from tunesmith.serve.access import Access
-from tunesmith.serve.api import create
-from tunesmith.serve.engine import Engine
-from tunesmith.serve.library import Library
-from tunesmith.serve.worker import Worker
 
 ADMIN, ALL, ONE = "admin-token-0123456789", "key-for-all-0123456789", "key-for-d0-0123456789"
-
-
-class Served:
-    """A server on a free port of this machine."""
-
-    def __init__(
-        self, base: Base, root: Path, *, access: Access | None = None, queue: int = 64, **settings: Any
-    ) -> None:
-        self.base, self.library = base, Library(base, 1 << 30)
-        self.library.scan(root)
-        self.worker = Worker(Engine(base, self.library, **{"cells": 6000, **settings}), queue=queue)
-        app = create(base, self.worker, access=access, root=root, body_limit=20_000)
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        until = time.monotonic() + 20
-        while not self.server.started and time.monotonic() < until:
-            time.sleep(0.02)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-
-    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30, **options)
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=20)
-        self.worker.stop()
-
-    def settled(self) -> bool:
-        """Whether everything was freed, within a moment."""
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            if self.worker.engine.idle and self.worker.engine.pool.free == self.worker.engine.pool.cells:
-                return True
-            time.sleep(0.02)
-        return False
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    found = tiny_llama(vocab_size=300, max_position_embeddings=512, eos_token_id=None, bos_token_id=None)
-    return Base(found.model, tokenizer=byte_tokenizer(), name="tiny", family="causal-lm")
-
-
-@pytest.fixture(scope="module")
-def root(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("deltas")
-    for i in range(4):
-        moved(base, LoRA(rank=i + 1) if i < 3 else IA3(), seed=i, name=f"d{i}").save(root / f"d{i}")
-    Delta.create(base, LoRA(rank=2), name="blank").save(root / "blank")
-    return root
-
-
-@pytest.fixture(scope="module")
-def served(base: Base, root: Path) -> Iterator[Served]:
-    made = Served(base, root)
-    yield made
-    made.close()
-
-
-def asked(client: openai.OpenAI, model: str = "d0", text: str = "hello there", **more: Any) -> Any:
-    options = {"temperature": 0, "max_tokens": 12, **more}
-    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
 
 
 def test_models_are_listed_with_fingerprints(served: Served) -> None:
@@ -203,7 +133,8 @@ def test_a_client_that_goes_away_frees_its_cells(served: Served) -> None:
         ({"stop": [""]}, 400, "stop strings"),
         ({"logit_bias": {"900": 1}}, 400, "no token 900"),
         ({"messages": [{"role": "user", "content": "x" * 30_000}]}, 413, "20,000 bytes"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_told_what_is_wrong(served: Served, change: dict[str, Any], status: int, text: str) -> None:

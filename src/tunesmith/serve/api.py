@@ -28,6 +28,7 @@ from tunesmith.data.layout import layout_from, stop_ids_for
 from tunesmith.data.templates import TemplateInfo, prompt_ids
 from tunesmith.serve import engine
 from tunesmith.serve.access import Access, BodyLimit
+from tunesmith.serve.constrain import Rule, Schemas
 from tunesmith.serve.metrics import exposition
 from tunesmith.serve.sampling import Chosen
 from tunesmith.serve.schema import ChatRequest, CompletionRequest, LoadRequest, PinRequest
@@ -79,6 +80,7 @@ class Service:
     def __init__(self, base: Base, worker: Worker, access: Access, root: Path | None) -> None:
         self.base, self.worker, self.access, self.root = base, worker, access, root
         self.started = int(time.time())
+        self.schemas = Schemas(base.tokenizer)
         self._layouts: dict[str, TemplateInfo] = {}
 
     def layout(self, name: str | None) -> TemplateInfo:
@@ -112,7 +114,10 @@ class Service:
             "bytes": e.nbytes, "metrics": metrics if isinstance(metrics, dict) else None,
         }  # fmt: skip
 
-    def request(self, body: ChatRequest | CompletionRequest, prompt: list[int], most: int | None, logprobs: int) -> Any:
+    def request(
+        self, body: ChatRequest | CompletionRequest, prompt: list[int], most: int | None, logprobs: int,
+        rule: Rule | None = None,
+    ) -> engine.Request:  # fmt: skip
         delta = self.delta(body.model)
         info = self.layout(delta)
         id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
@@ -120,7 +125,7 @@ class Service:
         new = min(most or DEFAULT_TOKENS, room) if most is None else most
         return engine.Request(
             id, tuple(prompt), max(1, new), delta, body.sampling(uuid.UUID(id.rpartition("-")[2]).int % 2**63, logprobs),
-            frozenset(stop_ids_for(self.base, info)), time.monotonic(),
+            frozenset(stop_ids_for(self.base, info)), time.monotonic(), rule,
         )  # fmt: skip
 
 
@@ -218,7 +223,9 @@ def _writing(app: FastAPI, service: Service) -> None:
         messages = [m.plain() for m in body.messages]
         prompt = prompt_ids(messages, service.base.tokenizer, info.system, info.template)
         many = (body.top_logprobs or 0) if body.logprobs else 0
-        made = service.request(body, prompt, body.max_completion_tokens or body.max_tokens, many)
+        schema = body.response_format.schema_wanted() if body.response_format is not None else None
+        rule = None if schema is None else await asyncio.to_thread(service.schemas.rule, schema)
+        made = service.request(body, prompt, body.max_completion_tokens or body.max_tokens, many, rule)
         return await _respond(service, request, body, made, _Chat(service, body, made))
 
     @app.post("/v1/completions")

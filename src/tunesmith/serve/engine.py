@@ -26,6 +26,7 @@ from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
 from tunesmith.core.trace import primary
 from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit
 from tunesmith.serve.cache import Cache, Span
+from tunesmith.serve.constrain import Guide, Rule
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.library import Library
 from tunesmith.serve.mixed import Mixture, Resident
@@ -38,7 +39,7 @@ REASONS = ("stop", "length", "cancelled", "error")
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens to continue, under a delta of the library or none (the base)."""
+    """Tokens to continue, under a delta of the library or none (the base); `rule` says what the answer may be."""
 
     id: str
     prompt: tuple[int, ...]
@@ -47,6 +48,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: frozenset[int] = frozenset()
     arrived: float = 0.0
+    rule: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class _Live:
     request: Request
     resident: Resident | None
     shared: bool
+    guide: Guide | None = None
     answer: list[int] = field(default_factory=list)
     cached: int = 0
     caches: int = 1  # cells that a token takes
@@ -234,8 +237,9 @@ class Engine:
                 continue
             if held is not None and ("delta", held.digest) not in self.pool.owners():
                 self.pool.take(("delta", held.digest), self._cells[held.digest])
+            guide = None if request.rule is None else request.rule.start(request.stop)
             caches = 1 if request.delta is None else self.library.find(request.delta).caches
-            self.live[request.id] = _Live(request, held, self._shareable(held), caches=caches)
+            self.live[request.id] = _Live(request, held, self._shareable(held), guide, caches=caches)
         self.waiting = [w for w in self.waiting if w.id in requests]
         return events
 
@@ -335,17 +339,22 @@ class Engine:
 
     def _draw(self, r: _Live, z: Tensor) -> list[Event]:
         try:
-            chosen = choose(z[None], [Row(r.request.sampling, r.request.prompt, r.answer)])[0]
+            allowed = None if r.guide is None else r.guide.allowed(len(z)).to(z.device)
+            chosen = choose(z[None], [Row(r.request.sampling, r.request.prompt, r.answer, allowed)])[0]
+            ends = chosen.token in r.request.stop
+            if r.guide is not None and not ends:
+                r.guide.take(chosen.token)
         except TunesmithError as error:
             return self._end(r, "error", error)
         self.counters.wrote(r.digest)
-        if chosen.token in r.request.stop:
+        if ends:
             return self._end(r, "stop")
         r.answer.append(chosen.token)
-        if len(r.answer) >= r.request.new:
+        over = r.guide is not None and r.guide.over
+        if over or len(r.answer) >= r.request.new:
             self.live.pop(r.request.id)
             self._leave(r)
-            return [Event(r.request.id, chosen, "length")]
+            return [Event(r.request.id, chosen, "stop" if over else "length")]
         return [Event(r.request.id, chosen)]
 
     def _end(self, r: _Live, reason: str, error: TunesmithError | None = None) -> list[Event]:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.serve.constrain import ANY_OBJECT
 from tunesmith.serve.sampling import MOST_LOGPROBS, Sampling
 
 Text = Annotated[str, Field(max_length=1_000_000)]
@@ -30,6 +32,32 @@ class Message(_Strict):
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class NamedSchema(_Strict):
+    """A JSON schema as OpenAI's client sends it; answers always follow it, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: Text | None = None
+    body: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise ValueError("json_schema goes with the type 'json_schema' and no other")
+        return self
+
+    def schema_wanted(self) -> Mapping[str, Any] | None:
+        """The schema an answer must follow, None for plain text."""
+        if self.json_schema is not None:
+            return self.json_schema.body
+        return ANY_OBJECT if self.type == "json_object" else None
 
 
 class StreamOptions(_Strict):
@@ -76,6 +104,7 @@ class ChatRequest(_Common):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(_Common):
