@@ -84,6 +84,8 @@ def test_bad_settings_are_told(run: Callable[..., Any], tiny: Path, more: list[s
     assert done.code == 2 and text in done.err
 
 
-def test_a_base_that_writes_nothing_is_not_served(run: Callable[..., Any]) -> None:
-    done = run("serve", "--model", "minilm-l6")
+def test_a_base_that_reads_no_text_is_not_served(run: Callable[..., Any]) -> None:
+    done = run("serve", "--model", "efficientnet-lite0")
     assert done.code == 2 and "is not served" in done.err
+    done = run("serve", "--model", "minilm-l6", "--selftest")
+    assert done.code == 2 and "text that is written" in done.err

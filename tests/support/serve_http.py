@@ -14,6 +14,7 @@ import uvicorn
 from tunesmith.core.base import Base
 from tunesmith.serve.access import Access
 from tunesmith.serve.api import create
+from tunesmith.serve.encoder import Encoder
 from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
 from tunesmith.serve.worker import Worker
@@ -27,7 +28,9 @@ class Served:
     ) -> None:
         self.base, self.library = base, Library(base, 1 << 30)
         self.library.scan(root)
-        self.worker = Worker(Engine(base, self.library, **{"cells": 6000, **settings}), queue=queue)
+        writes = base.family == "causal-lm"
+        engine = Engine(base, self.library, **{"cells": 6000, **settings}) if writes else None
+        self.worker = Worker(engine, Encoder(base, self.library), queue=queue)
         app = create(base, self.worker, access=access, root=root, body_limit=20_000)
         self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -49,7 +52,8 @@ class Served:
         """Whether everything was freed, within a moment."""
         until = time.monotonic() + 10
         while time.monotonic() < until:
-            if self.worker.engine.idle and self.worker.engine.pool.free == self.worker.engine.pool.cells:
+            engine = self.worker.engine
+            if self.worker.idle and (engine is None or engine.pool.free == engine.pool.cells):
                 return True
             time.sleep(0.02)
         return False

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HELP = examples(
     "tunesmith serve --model smollm2-135m-instruct",
     "tunesmith serve --model smollm2-135m-instruct --deltas runs --keys keys.json --port 8001",
+    "tunesmith serve --model minilm-l6",
     "tunesmith serve --model smollm2-135m-instruct --selftest",
 )
 PROMPTS = ("The weather today is", "My parcel has not come and", "In short, the answer is", "Once there was a")
@@ -66,10 +67,10 @@ def serve(
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:
-    """Serve a base and all deltas of a folder: /v1/models, /v1/chat/completions, /v1/completions, /metrics.
+    """Serve a base and all deltas of a folder: /v1/models, chat/completions, completions, embeddings, classify, /metrics.
 
     A request names a delta as its model; requests for different deltas run in one batch. Deltas are read when first
-    asked for. The admin plane (/admin) is there when TUNESMITH_ADMIN_TOKEN is set.
+    asked for. An encoder gives embeddings, a delta with a head classes. The admin plane (/admin) is there when TUNESMITH_ADMIN_TOKEN is set.
     """
     if policy not in POLICIES:
         raise UsageError(f"unknown policy {policy!r}", where="--policy", hint=f"one of {', '.join(POLICIES)}")
@@ -80,9 +81,12 @@ def serve(
     if deltas is not None and not deltas.is_dir():
         raise UsageError("is no folder", where=str(deltas), hint="give the folder that holds the deltas' folders")
     base = load(model, device=device, dtype="float32") if prove else load(model, device=device)
-    if base.family != "causal-lm" or base.tokenizer is None:
+    if base.family not in ("causal-lm", "encoder") or base.tokenizer is None:
+        hint = "use a causal language model, or an encoder of text"
+        raise UsageError(f"a base of family {base.family!r} is not served", where=base.name, hint=hint)
+    if prove and base.family != "causal-lm":
         raise UsageError(
-            f"a base of family {base.family!r} is not served", where=base.name, hint="use a causal language model"
+            "the proof is about text that is written", where="--selftest", hint="use a causal language model"
         )
     library = Library(base, memory << 20)
     refused = library.scan(root) if root.is_dir() else []
@@ -122,21 +126,23 @@ def _run(
             f"the package {error.name!r} is not installed", hint="pip install 'tunesmith[serve]'"
         ) from None
     from tunesmith.serve.access import Access
+    from tunesmith.serve.encoder import Encoder
     from tunesmith.serve.engine import Engine
     from tunesmith.serve.worker import Worker
 
     admin = os.environ.get("TUNESMITH_ADMIN_TOKEN") or None
     access = Access(admin=admin) if keys is None else Access.read(keys, admin)
-    worker = Worker(
-        Engine(base, library, cells=cells_, requests=requests, policy=policy, first_token=first_token), queue=queue
-    )
+    engine: Engine | None = None
+    if base.family == "causal-lm":
+        engine = Engine(base, library, cells=cells_, requests=requests, policy=policy, first_token=first_token)
+    worker = Worker(engine, Encoder(base, library), queue=queue)
     app = create(base, worker, access=access, root=root, body_limit=body << 10)
     server = uvicorn.Server(
         uvicorn.Config(app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=30)
     )
     shown = progress_console()
-    if worker.engine.why_slow:
-        shown.print(f"served by the model's own forward pass, one request at a time: {visible(worker.engine.why_slow)}")
+    if engine is not None and engine.why_slow:
+        shown.print(f"served by the model's own forward pass, one request at a time: {visible(engine.why_slow)}")
     shown.print(f"{len(library.entries)} deltas on {visible(base.name)}; Ctrl-C ends it", soft_wrap=True)
     # uvicorn ends on these signals once requests are done, and then sends them again to whoever listened before.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -156,6 +162,5 @@ def _run(
         out.print(rows)
 
     data = {"requests": c.requests, "tokens": c.tokens, "prompt_tokens": c.prompt_tokens, "ends": c.ends}
-    return Result(
-        data, f"served {c.requests} requests, {c.tokens} tokens; cells free {worker.engine.pool.free}/{cells_}", view
-    )
+    left = "" if engine is None else f"; cells free {engine.pool.free}/{cells_}"
+    return Result(data, f"served {c.requests} requests, {c.tokens} tokens{left}", view)

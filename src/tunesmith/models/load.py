@@ -30,6 +30,7 @@ from tunesmith.models.pretrained import (
     quiet,
     reported,
 )
+from tunesmith.models.sentence import folder_reader, hub_reader, sentence_layout
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,12 @@ def _finish(request: Request, name: str, kind: str, location: str, **details: An
     tokenizer = load_tokenizer(request, loaded.family)
     if getattr(loaded.model, "config", None) is not None:
         loaded.model.config._name_or_path = location
+    if loaded.family == "encoder":
+        read = (
+            hub_reader(request.location, request.offline) if request.is_hub else folder_reader(Path(request.location))
+        )
+        layout = sentence_layout(read)
+        details |= {} if layout is None else {"sentence": layout}
     return Parts(loaded.model, tokenizer, name, loaded.family, _source(loaded, request, kind, location) | details)
 
 

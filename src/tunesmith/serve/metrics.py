@@ -22,6 +22,7 @@ def exposition(worker: Worker) -> str:
     gauges = {
         "running_requests": (now["running"], "requests in the batch"),
         "waiting_requests": (now["waiting"], "requests in the queue"),
+        "reading_requests": (now["reading"], "requests for embeddings or classes that are not done"),
         "cells": (now["cells"], "cells of the pool"),
         "cells_free": (now["cells_free"], "free cells"),
         "deltas": (now["deltas"], "registered deltas"),

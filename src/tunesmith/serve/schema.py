@@ -114,6 +114,36 @@ class CompletionRequest(_Common):
     echo: Literal[False] | None = False
 
 
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1_000_000)]
+MOST_TEXTS = 2048
+
+
+class EmbeddingRequest(_Strict):
+    """`truncate` is an extension: cut texts that are too long instead of refusing them."""
+
+    model: Name
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    truncate: bool = False
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+
+class ClassifyRequest(_Strict):
+    """Texts, or pairs of them, for a delta with a head."""
+
+    model: Name
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+    input_pair: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)] | None = None
+    truncate: bool = False
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+
 class LoadRequest(_Strict):
     """Make a saved delta known, below the folder the server was started with."""
 

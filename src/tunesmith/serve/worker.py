@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine in a thread of its own, spoken to from an event loop.
+"""The engines in a thread of their own, spoken to from an event loop.
 
-One thread steps the engine and nothing else touches it; orders (submit, cancel, anything on the library) are queued and
+One thread steps the engines (one writes, one reads) and nothing else touches them; orders (submit, cancel, anything on the library) are queued and
 run between steps. What happens to a request arrives in an `asyncio.Queue` of its caller.
 """
 
@@ -16,10 +16,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tunesmith.core.errors import ResourceError, TunesmithError
+from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
+from tunesmith.serve.encoder import Encoder, Outcome, Reading
 from tunesmith.serve.engine import Engine, Event, Request
+from tunesmith.serve.library import Library
 
 T = TypeVar("T")
+Happened = Event | Outcome
 
 
 class Busy(ResourceError):
@@ -52,13 +55,20 @@ class Counts:
 
 
 class Worker:
-    """Runs an engine. `queue` is how many requests may wait before others are turned away."""
+    """Runs what writes (`engine`) and what reads (`encoder`), either or both, over one library.
 
-    def __init__(self, engine: Engine, *, queue: int = 256) -> None:
-        self.engine, self.limit, self.counts = engine, queue, Counts()
+    `queue` is how many requests may wait before others are turned away.
+    """
+
+    def __init__(self, engine: Engine | None, encoder: Encoder | None = None, *, queue: int = 256) -> None:
+        self.engine, self.encoder, self.limit, self.counts = engine, encoder, queue, Counts()
+        self._engines: list[Engine | Encoder] = [e for e in (engine, encoder) if e is not None]
+        if not self._engines:
+            raise UsageError("a worker needs an engine")
+        self.library: Library = self._engines[0].library
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._listeners: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Event], float]] = {}
+        self._listeners: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Happened], float]] = {}
         self._waiting = 0  # requests that were taken and have no token yet
         self._stopping = self._draining = False
         self._failed: BaseException | None = None
@@ -90,25 +100,29 @@ class Worker:
             self._wake.notify()
         return done
 
-    async def serve(self, request: Request) -> AsyncIterator[Event]:
+    @property
+    def idle(self) -> bool:
+        return all(e.idle for e in self._engines)
+
+    async def serve(self, request: Request | Reading) -> AsyncIterator[Any]:
         """The events of a request as they come; leaving the loop early takes it out of the batch.
 
-        Raises Busy, Draining, and what `Engine.submit` raises.
+        Raises Busy, Draining, UsageError where no engine does this work, and what its `submit` raises.
         """
         if self._draining:
             raise Draining
         if self._waiting >= self.limit:
             self.counts.refused += 1
             raise Busy(max(1, min(60, round(self.limit / 16))))
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Happened]()
         self._waiting += 1
         first = True
 
         def submit() -> None:
-            self.engine.submit(request)
+            self._submit(request)
             self._listeners[request.id] = (loop, queue, time.monotonic())
             self.counts.requests += 1
-            self.counts.prompt_tokens += len(request.prompt)
+            self.counts.prompt_tokens += request.tokens if isinstance(request, Reading) else len(request.prompt)
 
         try:
             await asyncio.wrap_future(self.order(submit))
@@ -125,9 +139,19 @@ class Worker:
             if self.alive:
                 self.order(lambda: self._drop(request.id))
 
+    def _submit(self, request: Request | Reading) -> None:
+        if isinstance(request, Reading):
+            if self.encoder is None:
+                raise UsageError("this server reads no texts", hint="it serves /v1/chat/completions")
+            self.encoder.submit(request)
+        elif self.engine is None:
+            raise UsageError("the base writes no text", hint="it serves /v1/embeddings and /v1/classify")
+        else:
+            self.engine.submit(request)
+
     def _drop(self, id: str) -> None:
         self._listeners.pop(id, None)
-        if self.engine.cancel(id):
+        if any([e.cancel(id) for e in self._engines]):
             self.counts.ends["cancelled"] = self.counts.ends.get("cancelled", 0) + 1
 
     async def drain(self, seconds: float) -> None:
@@ -148,16 +172,18 @@ class Worker:
         try:
             while True:
                 with self._wake:
-                    while not self._orders and self.engine.idle and not self._stopping:
+                    while not self._orders and self.idle and not self._stopping:
                         self._wake.wait()
                     orders, self._orders = list(self._orders), deque()
                 for run in orders:
                     run()
                 if self._stopping:
                     raise Draining
-                if not self.engine.idle:
+                for engine in self._engines:
+                    if engine.idle:
+                        continue
                     began = time.monotonic()
-                    events = self.engine.step()
+                    events = engine.step()
                     self.counts.busy_seconds += time.monotonic() - began
                     self.counts.steps += 1
                     for event in events:
@@ -172,7 +198,7 @@ class Worker:
             if not isinstance(error, Draining):
                 raise
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Happened) -> None:
         known = self._listeners.get(event.id)
         if known is None:
             return
@@ -190,11 +216,20 @@ class Worker:
 
     def statistics(self) -> dict[str, Any]:
         """Numbers of the moment, for metrics and the admin plane."""
-        e, times = self.engine, sorted(self.counts.first_token_seconds)
+        times = sorted(self.counts.first_token_seconds)
         at = {p: times[min(len(times) - 1, int(p * len(times)))] if times else 0.0 for p in (0.5, 0.95)}
+        writing: dict[str, Any] = {"running": 0, "waiting": 0, "cells": 0, "cells_free": 0}
+        if self.engine is not None:
+            e = self.engine
+            writing = {
+                "running": len(e.live),
+                "waiting": len(e.waiting),
+                "cells": e.pool.cells,
+                "cells_free": e.pool.free,
+            }
         return {
-            "running": len(e.live), "waiting": len(e.waiting), "cells": e.pool.cells, "cells_free": e.pool.free,
-            "deltas": len(e.library.entries), "deltas_held": len(e.library.held), "held_bytes": e.library.held_bytes,
-            "loads": e.library.loads, "evictions": e.library.evictions, "first_token_p50": at[0.5],
-            "first_token_p95": at[0.95],
+            **writing, "reading": 0 if self.encoder is None else self.encoder.waiting,
+            "deltas": len(self.library.entries), "deltas_held": len(self.library.held),
+            "held_bytes": self.library.held_bytes, "loads": self.library.loads, "evictions": self.library.evictions,
+            "first_token_p50": at[0.5], "first_token_p95": at[0.95],
         }  # fmt: skip
