@@ -56,6 +56,9 @@ def serve(
     ] = None,
     memory: Annotated[int, typer.Option(help="MiB of deltas kept in memory.", min=1)] = 1024,
     body: Annotated[int, typer.Option(help="KiB a request may send.", min=1)] = 1024,
+    drain: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long requests under way may take after SIGTERM.", min=0)
+    ] = 30,
     keys: Annotated[
         Path | None,
         typer.Option("--keys", metavar="FILE", help='JSON of bearer keys: {"KEY": null or ["model", ...]}.'),
@@ -94,7 +97,7 @@ def serve(
         return _proved(base, library, cells_)
     for place, error in refused:
         progress_console().print(f"not served: {visible(str(place))}: {visible(str(error))}", soft_wrap=True)
-    return _run(base, library, root, host, port, cells_, requests, queue, policy, first_token, body, keys)
+    return _run(base, library, root, host, port, cells_, requests, queue, policy, first_token, body, keys, drain)
 
 
 def _proved(base: Base, library: Library, cells_: int) -> Result:
@@ -115,12 +118,11 @@ def _proved(base: Base, library: Library, cells_: int) -> Result:
 
 def _run(
     base: Base, library: Library, root: Path, host: str, port: int, cells_: int, requests: int, queue: int, policy: str,
-    first_token: float | None, body: int, keys: Path | None,
+    first_token: float | None, body: int, keys: Path | None, drain: float,
 ) -> Result:  # fmt: skip
     try:
-        import uvicorn
-
         from tunesmith.serve.api import create
+        from tunesmith.serve.listen import listener
     except ModuleNotFoundError as error:
         raise ResourceError(
             f"the package {error.name!r} is not installed", hint="pip install 'tunesmith[serve]'"
@@ -137,14 +139,12 @@ def _run(
         engine = Engine(base, library, cells=cells_, requests=requests, policy=policy, first_token=first_token)
     worker = Worker(engine, Encoder(base, library), queue=queue)
     app = create(base, worker, access=access, root=root, body_limit=body << 10)
-    server = uvicorn.Server(
-        uvicorn.Config(app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=30)
-    )
+    server = listener(app, worker, host, port, drain)
     shown = progress_console()
     if engine is not None and engine.why_slow:
         shown.print(f"served by the model's own forward pass, one request at a time: {visible(engine.why_slow)}")
     shown.print(f"{len(library.entries)} deltas on {visible(base.name)}; Ctrl-C ends it", soft_wrap=True)
-    # uvicorn ends on these signals once requests are done, and then sends them again to whoever listened before.
+    # once it has ended, uvicorn sends the signals again to whoever listened before
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run()

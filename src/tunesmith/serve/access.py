@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Mapping
@@ -77,10 +78,10 @@ def _bearer(request: Request) -> str:
 
 
 class BodyLimit:
-    """Answers 413 once a request has sent more than `limit` bytes."""
+    """Answers 413 once a request has sent more than `limit` bytes, 408 if it takes longer than `seconds` to send them."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = 60) -> None:
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,18 +89,23 @@ class BodyLimit:
             return
         said = dict(scope["headers"]).get(b"content-length", b"")
         if said.isdigit() and int(said) > self.limit:
-            await self._refuse(send)
+            await self._refuse(send, *self._too_large)
             return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.limit:
-                await self._refuse(send)
-                return
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(self.seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self.limit:
+                        await self._refuse(send, *self._too_large)
+                        return
+        except TimeoutError:
+            await self._refuse(send, 408, f"the body did not come within {self.seconds:g} s", "timeout")
+            return
         given = False
 
         async def again() -> Message:
@@ -107,13 +113,16 @@ class BodyLimit:
             if given:
                 return await receive()
             given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self.app(scope, again, send)
 
-    async def _refuse(self, send: Send) -> None:
-        text = f"a request may have at most {self.limit:,} bytes"
-        error = {"message": text, "type": "invalid_request_error", "param": None, "code": "too_large"}
+    @property
+    def _too_large(self) -> tuple[int, str, str]:
+        return 413, f"a request may have at most {self.limit:,} bytes", "too_large"
+
+    async def _refuse(self, send: Send, status: int, text: str, code: str) -> None:
+        error = {"message": text, "type": "invalid_request_error", "param": None, "code": code}
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})

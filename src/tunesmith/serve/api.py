@@ -30,6 +30,7 @@ from tunesmith.serve.schema import (
     EmbeddingRequest,
     LoadRequest,
     PinRequest,
+    Problem,
 )
 from tunesmith.serve.service import Service, failure, problem
 from tunesmith.serve.worker import Worker
@@ -38,6 +39,20 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/v1/embeddings": EmbeddingRequest,
     "/v1/classify": ClassifyRequest, "/admin/deltas": LoadRequest,
 }  # fmt: skip
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request cannot be served; the message says why"},
+    401: {"description": "A key is needed"},
+    403: {"description": "The key is not for this model"},
+    404: {"description": "There is no such model"},
+    405: {"description": "There is no such method"},
+    408: {"description": "The body did not come in time"},
+    413: {"description": "The body is too large"},
+    422: {"description": "The delta is refused"},
+    429: {"description": "The queue is full; come again after Retry-After seconds"},
+    500: {"description": "Something is wrong with the server"},
+    503: {"description": "The server is overloaded or going down"},
+}
 
 
 def create(
@@ -50,7 +65,8 @@ def create(
 ) -> FastAPI:
     """The application. `root` is where the admin plane may load deltas from; `body_limit` bytes of a request are read."""
     service = Service(base, worker, access or Access(), root)
-    app = FastAPI(title="Tunesmith", version="1", openapi_url="/openapi.json")
+    responses = {code: {**about, "model": Problem} for code, about in PROBLEMS.items()}
+    app = FastAPI(title="Tunesmith", version="1", openapi_url="/openapi.json", responses=responses)
     app.add_middleware(BodyLimit, limit=body_limit)
     app.state.service = service
     _errors(app)
@@ -107,7 +123,7 @@ def _operation(app: FastAPI, service: Service) -> None:
         good = service.worker.alive and not service.worker.draining
         return JSONResponse({"ready": good}, 200 if good else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(_: str = Depends(service.access.require)) -> Response:
         return PlainTextResponse(exposition(service.worker), media_type="text/plain; version=0.0.4")
 

@@ -152,6 +152,14 @@ class Encoder:
     def idle(self) -> bool:
         return not self._open
 
+    def under_way(self) -> list[str]:
+        """Readings that have begun: their delta is held, or some rows are read."""
+        return [id for id, o in self._open.items() if o.held is not None or o.done]
+
+    def queued(self) -> list[str]:
+        """Readings that have not."""
+        return [id for id in self._open if id not in self.under_way()]
+
     @property
     def waiting(self) -> int:
         """Readings that are not done."""

@@ -174,6 +174,14 @@ class Engine:
             self._leave(live)
         return live is not None or len(self.waiting) < before
 
+    def under_way(self) -> list[str]:
+        """Requests in the batch."""
+        return list(self.live)
+
+    def queued(self) -> list[str]:
+        """Requests that wait."""
+        return [w.id for w in self.waiting]
+
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.live

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core import decoding, store
+from tunesmith.core import decoding, replace, store
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta, View
-from tunesmith.core.errors import DeltaError, TunesmithError, UsageError, nearest
+from tunesmith.core.errors import DeltaError, ResourceError, TunesmithError, UsageError, nearest
 from tunesmith.core.header import HEADER
 from tunesmith.serve import guided
 from tunesmith.serve.mixed import Resident, resident
@@ -57,7 +57,7 @@ class Library:
         self.loads = self.evictions = 0
         self._held: OrderedDict[str, Resident] = OrderedDict()  # by digest, least recently used first
         self._users: Counter[str] = Counter()
-        self._pinned: set[str] = set()
+        self._pinned: set[str] = set()  # names
 
     def scan(self, root: str | Path) -> list[tuple[Path, TunesmithError]]:
         """Register every delta in the folders below `root` (`NAME/` or `NAME/delta/`), then every decoder (see `guided`).
@@ -65,9 +65,9 @@ class Library:
         Gives those refused, with why.
         """
         refused = []
-        for folder in sorted(p for p in Path(root).iterdir() if p.is_dir()):
-            place = folder if (folder / HEADER).is_file() else folder / "delta"
-            if not (place / HEADER).is_file():
+        for folder in _folders(Path(root)):
+            place = folder if (replace.whole(folder) / HEADER).is_file() else folder / "delta"
+            if not (replace.whole(place) / HEADER).is_file():
                 continue
             try:
                 self.register(place, folder.name)
@@ -117,7 +117,7 @@ class Library:
         )  # fmt: skip
         self.entries[ready.name] = entry
         self._held[entry.digest] = ready
-        self._pinned.add(entry.digest)
+        self._pinned.add(ready.name)
         return entry
 
     def guide(self, made: decoding.Decoder, name: str) -> Entry:
@@ -136,7 +136,7 @@ class Library:
         )  # fmt: skip
         self.entries[name] = entry
         self._held[key] = Resident(name, View(Delta(name, [])), digest=key, decoder=made)
-        self._pinned.add(key)
+        self._pinned.add(name)
         return entry
 
     def view(self, name: str) -> View:
@@ -149,31 +149,38 @@ class Library:
 
     def remove(self, name: str) -> None:
         """Forget a name; requests under way keep what they hold. Raises UsageError for an unknown one."""
-        entry = self.find(name)
-        del self.entries[name]
-        self._pinned.discard(entry.digest)
+        if self.entries.pop(name, None) is None:
+            raise self._unknown(name)
+        self._pinned.discard(name)
+        self._shrink()
 
     def find(self, name: str) -> Entry:
         """The entry of a name, its header read anew if its file changed. Raises UsageError naming the nearest."""
         entry = self.entries.get(name)
         if entry is None:
-            raise UsageError(f"there is no delta {name!r}", hint=nearest(name, self.entries))
+            raise self._unknown(name)
         if entry.folder != Path() and entry.stamp != _stamp(entry.folder):
             return self.register(entry.folder, name)
         return entry
 
     def pin(self, name: str, on: bool = True) -> None:
         """Keep a delta in memory whatever else is used (or no longer)."""
-        digest = self.find(name).digest
-        (self._pinned.add if on else self._pinned.discard)(digest)
+        self.find(name)
+        (self._pinned.add if on else self._pinned.discard)(name)
+        self._shrink()
+
+    def _unknown(self, name: str) -> UsageError:
+        return UsageError(f"there is no delta {name!r}", hint=nearest(name, self.entries))
 
     def acquire(self, name: str) -> Resident:
-        """The prepared delta, held until `release`. Raises DeltaError for one that is damaged or has no effect."""
+        """The prepared delta, held until `release`.
+
+        Raises DeltaError for one that is damaged or has no effect, ResourceError where memory is short.
+        """
         entry = self.find(name)
         ready = self._held.get(entry.digest)
         if ready is None:
-            delta = store.load(entry.folder, self.base)
-            ready = self._checked(resident(self.base, delta, name))
+            entry, ready = self._prepared(name)
             self._held[entry.digest] = ready
             self.loads += 1
         self._held.move_to_end(entry.digest)
@@ -188,6 +195,22 @@ class Library:
         if self._users[ready.digest] <= 0:
             del self._users[ready.digest]
         self._shrink()
+
+    def _prepared(self, name: str) -> tuple[Entry, Resident]:
+        """Read and prepare a delta, again if it was written anew meanwhile."""
+        for _ in range(3):
+            entry = self.find(name)
+            try:
+                ready = self._checked(resident(self.base, store.load(entry.folder, self.base), name))
+            except TunesmithError:
+                raise
+            except MemoryError:
+                raise ResourceError("there is no memory to read it", where=name) from None
+            except Exception as error:  # whatever a delta's own code raises: it is refused, and the server goes on
+                raise DeltaError(f"it cannot be prepared ({error!r})", where=name) from error
+            if _stamp(entry.folder) == entry.stamp:
+                return entry, ready
+        raise DeltaError("it is written all the time", where=name, hint="ask again later")
 
     def _checked(self, ready: Resident) -> Resident:
         if not ready.paths:
@@ -209,18 +232,28 @@ class Library:
 
     def _shrink(self) -> None:
         total = self.held_bytes
+        if total <= self.budget:
+            return
+        pinned = {self.entries[n].digest for n in self._pinned if n in self.entries}
         for digest in list(self._held):
             if total <= self.budget:
                 return
-            if digest in self._users or digest in self._pinned:
+            if digest in self._users or digest in pinned:
                 continue
             total -= self._held.pop(digest).nbytes
             self.evictions += 1
 
 
+def _folders(root: Path) -> list[Path]:
+    """The folders in `root` by name, also one that a writer that was killed left under its aside name only."""
+    names = {p.name for p in root.iterdir() if p.is_dir()}
+    left = {n.removeprefix(".").removesuffix(".aside") for n in names if n.startswith(".") and n.endswith(".aside")}
+    return [root / n for n in sorted({n for n in names if not n.startswith(".")} | left) if n]
+
+
 def _stamp(folder: Path) -> tuple[int, int]:
     try:
-        stat = (folder / HEADER).stat()
+        stat = (replace.whole(folder) / HEADER).stat()
     except OSError as error:
         raise DeltaError(f"it is gone ({error.strerror})", where=str(folder)) from None
     return stat.st_mtime_ns, stat.st_size

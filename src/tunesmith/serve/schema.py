@@ -153,3 +153,18 @@ class LoadRequest(_Strict):
 
 class PinRequest(_Strict):
     on: bool = True
+
+
+class Trouble(BaseModel):
+    """What went wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Problem(BaseModel):
+    """The body of every response that is no success."""
+
+    error: Trouble

@@ -24,7 +24,7 @@ from tunesmith.serve.access import Access
 from tunesmith.serve.constrain import Schemas
 from tunesmith.serve.encoder import HEAD
 from tunesmith.serve.library import Entry
-from tunesmith.serve.worker import Busy, Draining, Worker
+from tunesmith.serve.worker import Busy, Draining, Failed, Worker
 
 log = logging.getLogger("tunesmith.serve")
 KEPT = 1024  # chat layouts kept ready
@@ -129,6 +129,8 @@ def failure(error: TunesmithError) -> JSONResponse:
         )
     if isinstance(error, Draining):
         return problem(503, str(error), "server_error", code="draining", headers={"Retry-After": "5"})
+    if isinstance(error, Failed) and error.memory:
+        return problem(503, str(error), "server_error", code="out_of_memory", headers={"Retry-After": "5"})
     if isinstance(error, ResourceError) and "too late" in error.what:
         return problem(503, str(error), "server_error", code="too_late", headers={"Retry-After": "5"})
     if isinstance(error, UsageError) and ("no model" in error.what or "no delta" in error.what):

@@ -8,10 +8,12 @@ run between steps. What happens to a request arrives in an `asyncio.Queue` of it
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from tunesmith.serve.encoder import Encoder, Outcome, Reading
 from tunesmith.serve.engine import Engine, Event, Request
 from tunesmith.serve.library import Library
 
+log = logging.getLogger("tunesmith.serve")
 T = TypeVar("T")
 Happened = Event | Outcome
 
@@ -31,6 +34,14 @@ class Busy(ResourceError):
     def __init__(self, seconds: int) -> None:
         super().__init__("the queue is full", hint=f"come again in {seconds} s")
         self.seconds = seconds
+
+
+class Failed(ResourceError):
+    """A step of the engine failed; what was in it is given up and the server goes on."""
+
+    def __init__(self, why: str, memory: bool) -> None:
+        super().__init__(why, hint="come again" if memory else "the server's log says where")
+        self.memory = memory
 
 
 class Draining(ResourceError):
@@ -88,6 +99,8 @@ class Worker:
         done: Future[T] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # whoever gave the order went away
             try:
                 done.set_result(what())
             except BaseException as error:
@@ -136,7 +149,7 @@ class Worker:
         finally:
             if first:
                 self._waiting -= 1
-            if self.alive:
+            with contextlib.suppress(ResourceError):  # an engine that has stopped holds nothing
                 self.order(lambda: self._drop(request.id))
 
     def _submit(self, request: Request | Reading) -> None:
@@ -154,15 +167,17 @@ class Worker:
         if any([e.cancel(id) for e in self._engines]):
             self.counts.ends["cancelled"] = self.counts.ends.get("cancelled", 0) + 1
 
-    async def drain(self, seconds: float) -> None:
-        """Take no more requests and wait until those under way are done, at most `seconds`."""
+    def drain(self, seconds: float) -> bool:
+        """Take no more requests and wait until those under way are done, at most `seconds`; whether they are."""
         self._draining = True
         until = time.monotonic() + seconds
-        while self._listeners and self.alive and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        while (self._listeners or self._orders) and self.alive and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self._listeners
 
     def stop(self) -> None:
         """End the thread; requests under way end with an error."""
+        self._draining = True
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -183,7 +198,7 @@ class Worker:
                     if engine.idle:
                         continue
                     began = time.monotonic()
-                    events = engine.step()
+                    events = self._step(engine)
                     self.counts.busy_seconds += time.monotonic() - began
                     self.counts.steps += 1
                     for event in events:
@@ -191,12 +206,28 @@ class Worker:
         except BaseException as error:
             self._failed = error
             cause = error if isinstance(error, TunesmithError) else ResourceError(f"the engine failed ({error!r})")
+            for run in self._orders:  # before the last words: a submit among them has a listener too
+                run()
             for id in list(self._listeners):
                 self._tell(Event(id, reason="error", error=cause))
-            for run in self._orders:
-                run()
             if not isinstance(error, Draining):
                 raise
+
+    def _step(self, engine: Engine | Encoder) -> Sequence[Happened]:
+        """A step. One that fails costs the requests it had, not the server."""
+        try:
+            return engine.step()
+        except Exception as error:
+            log.exception("a step failed")
+            memory = isinstance(error, MemoryError) or "alloc" in str(error)
+            cause = Failed("memory is short" if memory else f"a step failed ({type(error).__name__})", memory)
+            # Those in the batch first; with none, what waits must be to blame.
+            ids = engine.under_way() or engine.queued()
+            if not ids:
+                raise
+            for id in ids:
+                engine.cancel(id)
+            return [Event(id, reason="error", error=cause) for id in ids]
 
     def _tell(self, event: Happened) -> None:
         known = self._listeners.get(event.id)

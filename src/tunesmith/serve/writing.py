@@ -26,12 +26,13 @@ from tunesmith.serve.service import Service, failure, log_request, while_there
 from tunesmith.serve.text import Writer
 
 DEFAULT_TOKENS = 256
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 def add(app: FastAPI, service: Service) -> None:
     """Put the routes on an application."""
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, request: Request, key: str = Depends(service.access.require)) -> Response:
         entry = service.entry(body.model, key)
         messages = [m.plain() for m in body.messages]
@@ -43,7 +44,7 @@ def add(app: FastAPI, service: Service) -> None:
         made = _made(service, body, entry, prompt, body.max_completion_tokens or body.max_tokens, many, rule)
         return await _respond(service, request, body, made, _Chat(service, body, made))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(
         body: CompletionRequest, request: Request, key: str = Depends(service.access.require)
     ) -> Response:
