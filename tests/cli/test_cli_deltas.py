@@ -213,6 +213,22 @@ def test_export_and_import_go_there_and_back(run: Run, saved: Path, tiny: Path, 
     assert again.code != 0 and "already" in again.err
 
 
+def test_export_for_vllm_writes_adapters_and_their_command(run: Run, saved: Path, tiny: Path, tmp_path: Path) -> None:
+    base = tunesmith.load(tiny, device="cpu")
+    second = tunesmith.Delta.create(base, tunesmith.LoRA(rank=20), name="second")
+    with torch.no_grad():
+        for _, t in second.items():
+            t.add_(0.1)
+    save(second, tmp_path / "second", base=base)
+    both = ["export", saved, tmp_path / "second", "--model", tiny]
+    out = run(*both, "--format", "vllm", "--to", tmp_path / "all", "--json").json
+    assert [a["largest_gap"] < 1e-4 < a["effect"] for a in out["adapters"]] == [True, True]
+    assert out["limits"]["max_lora_rank"] == 32 and f"second={tmp_path / 'all' / 'second'}" in out["command"]
+    assert (tmp_path / "all" / "second" / "adapter_config.json").is_file()
+    assert run(*both, "--to", tmp_path / "one").code == 2
+    assert "unknown format" in run(*both, "--format", "onnx", "--to", tmp_path / "one").err
+
+
 def test_export_names_what_peft_cannot_hold_and_fits_it(run: Run, tiny: Path, tmp_path: Path) -> None:
     base = tunesmith.load(tiny, device="cpu")
     delta = tunesmith.Delta.create(base, tunesmith.Full(targets="q_proj", bias=False), name="whole")

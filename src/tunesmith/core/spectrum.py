@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from tunesmith.core.algebra import LowRank, MaskedRows, Rows, Sum, Update, wide
 from tunesmith.core.sites import Site
+
+if TYPE_CHECKING:
+    from tunesmith.core.carriers import Action
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,17 @@ def factors(update: Update) -> tuple[Tensor, Tensor] | None:
     found = _factors(update)
     small = found is not None and found[0].shape[1] < min(found[0].shape[0], found[1].shape[1])
     return found if small else None
+
+
+def low_rank(action: Action, *, full: bool = False) -> tuple[Tensor, Tensor] | None:
+    """A [r, in * kernel] and B [out, r], strength and scale in B, of an action that only adds B A; else None.
+
+    An r that is no smaller than both sides counts only with `full`.
+    """
+    if action.carrier != "weight" or not hasattr(action.part.method, "update") or isinstance(action.strength, Tensor):
+        return None
+    pair = (_factors if full else factors)(action.part.method.update(action.site, action.tensors))
+    return None if pair is None else (pair[1].detach(), pair[0].detach() * action.strength)
 
 
 def _factors(update: Update) -> tuple[Tensor, Tensor] | None:

@@ -21,7 +21,7 @@ from tunesmith.core.base import Base
 from tunesmith.core.carriers import Action
 from tunesmith.core.decoding import Decoder
 from tunesmith.core.delta import Delta, View, as_view
-from tunesmith.core.spectrum import factors
+from tunesmith.core.spectrum import low_rank
 
 FEW = 4  # tokens of one delta up to which rows of several deltas share one batched product
 
@@ -61,7 +61,7 @@ def resident(base: Base, delta: Delta | View, name: str | None = None) -> Reside
     view = as_view(delta)
     out = Resident(name or view.delta.name, view, digest=view.delta.digest)
     for path, actions in Application(base, (view,)).plan.items():
-        pairs = [_factors(a) for a in actions]
+        pairs = [low_rank(a) for a in actions]
         if all(p is not None for p in pairs) and actions[0].site.kind == "linear" and not actions[0].site.transposed:
             found = [p for p in pairs if p is not None]
             A = torch.cat([a for a, _ in found]).to(base.device, base.dtype)
@@ -70,14 +70,6 @@ def resident(base: Base, delta: Delta | View, name: str | None = None) -> Reside
         else:
             out.other[path] = actions
     return out
-
-
-def _factors(a: Action) -> tuple[Tensor, Tensor] | None:
-    """A and scaled B of an action that only adds a matrix of low rank, else None."""
-    if a.carrier != "weight" or not hasattr(a.part.method, "update") or isinstance(a.strength, Tensor):
-        return None
-    pair = factors(a.part.method.update(a.site, a.tensors))
-    return None if pair is None else (pair[1].detach(), pair[0].detach() * a.strength)
 
 
 @dataclass(frozen=True)

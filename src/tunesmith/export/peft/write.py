@@ -296,16 +296,29 @@ def write_peft(delta: Delta, base: Base, folder: str | Path, *, part: str | None
         raise UsageError(what, where=", ".join(chosen.alias.values()), hint=hint)
     with torch.no_grad():
         config, tensors = WRITERS[name](base, chosen)
-    common_settings = {
-        "base_model_name_or_path": base.source.get("path") or base.source.get("name"), "inference_mode": True,
-        "task_type": "CAUSAL_LM" if base.family == "causal-lm" else None, "peft_version": LAYOUT, "modules_to_save": None,
-    }  # fmt: skip
+    common_settings = _common_settings(base)
     if name in PROMPTS:
         common_settings["task_type"] = "CAUSAL_LM" if base.family == "causal-lm" else "FEATURE_EXTRACTION"
     else:
         config["target_modules"] = _targets(base, [p for p in chosen.kind_of if p != SHARED])
-    _save({**common_settings, **config}, tensors, Path(folder))
+    save_adapter({**common_settings, **config}, tensors, Path(folder))
     return Path(folder)
+
+
+def lora_config(base: Base, paths: list[str], rank: int) -> dict[str, Any]:
+    """The settings of a LoRA of one rank at these layers, its scale in its tensors."""
+    lora = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "use_dora": False, "use_rslora": False,
+        "init_lora_weights": True, "bias": "none", "lora_dropout": 0.0,
+    }  # fmt: skip
+    return {**_common_settings(base), **lora, "target_modules": _targets(base, paths)}
+
+
+def _common_settings(base: Base) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": base.source.get("path") or base.source.get("name"), "inference_mode": True,
+        "task_type": "CAUSAL_LM" if base.family == "causal-lm" else None, "peft_version": LAYOUT, "modules_to_save": None,
+    }  # fmt: skip
 
 
 def _one(delta: Delta, part: str | None) -> Part:
@@ -329,7 +342,8 @@ def _targets(base: Base, paths: list[str]) -> list[str] | str:
 OWN = (CONFIG, TENSORS)
 
 
-def _save(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+def save_adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write both files, replacing an older adapter in one step. Raises ResourceError where that cannot be."""
     whole = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
