@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,10 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from measure import in_turn, medians, process, say
+
 GOAL = {"speed_ratio": 1.0, "memory_ratio": 1.0}
 DENSITY = 0.2
 WORKS = ("linear-135m", "ties-135m", "linear-1.5b", "ties-1.5b")
-OURS = Path(__file__).resolve().parents[1] / "src"
 
 
 # The workers: each runs in a process of its own and prints one line of JSON
@@ -84,19 +84,10 @@ print(json.dumps({"seconds": seconds, "peak_memory": peak}))
 """
 
 
-def measured(command: list[str], out: Path) -> dict[str, float]:
-    """Seconds and peak resident bytes as the worker reports them.
-
-    It reads its own high-water mark (VmHWM): what `wait4` gives for a child starts at the size of its parent.
-    """
+def measured(command: list[str], out: Path, threads: int) -> dict[str, Any]:
+    """Seconds and peak resident bytes as the worker reports them. The peer sees nothing of this repository."""
     shutil.rmtree(out, ignore_errors=True)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(OURS)}
-    if command[1] == "-c":  # the peer sees nothing of this repository
-        env.pop("PYTHONPATH")
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[:2])} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return process(command, threads=threads, source=command[1] != "-c")
 
 
 # The inputs
@@ -208,18 +199,14 @@ def agreement(one: Path, other: Path) -> dict[str, float]:
 
 def compared(work: str, inputs: dict[str, str], place: Path, peer: str, runs: int, threads: int) -> dict[str, Any]:
     how = work.split("-")[0]
-    sides: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
-    outs = {side: place / f"out-{side}" for side in sides}
-    for _ in range(runs):
-        for side, out in outs.items():
-            job = {**inputs, "how": how, "out": str(out), "threads": threads, "density": DENSITY}
-            text = json.dumps(job)
-            command = [sys.executable, __file__, "--worker", text] if side == "ours" else [peer, "-c", PEER, text]
-            sides[side].append(measured(command, out))
+    outs = {side: place / f"out-{side}" for side in ("ours", "peer")}
+    jobs = {side: json.dumps({**inputs, "how": how, "out": str(out), "threads": threads, "density": DENSITY})
+            for side, out in outs.items()}  # fmt: skip
+    commands = {"ours": [sys.executable, __file__, "--worker", jobs["ours"]], "peer": [peer, "-c", PEER, jobs["peer"]]}
+    sides = in_turn(tuple(outs), lambda s, _: measured(commands[s], outs[s], threads), runs, say=say)
     row: dict[str, Any] = {"work": work}
     for side, found in sides.items():
-        row[side] = {k: statistics.median(r[k] for r in found) for k in ("seconds", "peak_memory")}
-        row[side]["runs"] = found
+        row[side] = {**medians(found), "runs": found}
     row["speed_ratio"] = row["peer"]["seconds"] / row["ours"]["seconds"]
     row["memory_ratio"] = row["peer"]["peak_memory"] / row["ours"]["peak_memory"]
     row["goal"], row["met"] = GOAL, all(row[k] >= v for k, v in GOAL.items())
