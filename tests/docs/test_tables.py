@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tunesmith.core import method as registry
+from tunesmith.core.derive import trainable_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -34,7 +35,8 @@ def test_the_tables_are_up_to_date_and_rewriting_repairs_them(tmp_path: Path) ->
 def test_every_method_of_the_package_has_a_row() -> None:
     text = README.read_text(encoding="utf-8")
     rows = set(re.findall(r"^\| `([\w-]+)` \| `ts\.", text, re.MULTILINE))
-    assert rows == {i.name for i in registry.methods() if i.cls.__module__.startswith("tunesmith.deltas.")}
+    methods = {i.name for i in registry.methods() if i.cls.__module__.startswith("tunesmith.deltas.")}
+    assert rows == methods | {i.name for i in trainable_recipes()}
 
 
 def test_missing_markers_are_an_error(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
 from tunesmith.train.journal import jsonable, truncate
 from tunesmith.train.modes import recomputing, stop_signals, training_mode
+from tunesmith.train.norms import fused_norms
 from tunesmith.train.processes import accelerator, agreed, anywhere
 from tunesmith.train.progress import Reporter
 from tunesmith.train.surgery import Now
@@ -115,6 +116,7 @@ def fit(
         if config.gradient_checkpointing:
             stack.enter_context(recomputing(used))
         stack.enter_context(used.using(delta))
+        stack.enter_context(fused_norms(used))
         return _Loop(used, delta, task, config, processes, validation, out, resume, progress, score, on_step).run()
 
 
