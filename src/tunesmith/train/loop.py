@@ -30,6 +30,7 @@ from tunesmith.train import checkpoint as ckpt
 from tunesmith.train import sharding
 from tunesmith.train.agreement import Agreement
 from tunesmith.train.anchor import Anchor
+from tunesmith.train.attention import BlockAttention
 from tunesmith.train.cached import Prefix
 from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
@@ -117,6 +118,8 @@ def fit(
             stack.enter_context(recomputing(used))
         stack.enter_context(used.using(delta))
         stack.enter_context(fused_norms(used))
+        if parse(config.precision, base.device) == torch.bfloat16 and base.device.type == "cpu":
+            stack.enter_context(BlockAttention())
         return _Loop(used, delta, task, config, processes, validation, out, resume, progress, score, on_step).run()
 
 
