@@ -2,13 +2,13 @@
 """What a run would touch, hold in memory and take, before any weight is loaded.
 
 The model is built without memory (on torch's meta device) from its configuration, so sites, parameters and shapes are
-real. Memory is a sum of what each phase must hold; minutes come from the arithmetic and a measured matrix speed.
+real. Memory is a sum of what each phase must hold, minutes are operations over this machine's measured speeds; both are
+counted in a rehearsal of a training step without numbers (see `rehearsal`).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,11 +24,20 @@ from tunesmith.core.sites import Site
 from tunesmith.data import Dataset, read
 from tunesmith.models.precision import parse
 from tunesmith.models.skeleton import skeleton
+from tunesmith.train.cached import Cut, Refused, check_deterministic, find_cut
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.derived import parted
+from tunesmith.train.modes import training_mode
 from tunesmith.train.prepare import choose_methods, prepare
+from tunesmith.train.rehearsal import positions, rehearse
+from tunesmith.train.speeds import Speeds, measure
+from tunesmith.train.tasks import Task
 
-_OVERHEAD = 450_000_000  # interpreter, torch, tokenizer and allocator slack
+# Measured on SmolLM2, MiniLM and EfficientNet-Lite0, from one row to a thousand tokens in a batch (Linux, glibc).
+OVERHEAD = 490_000_000  # interpreter, torch, transformers, accelerate and tokenizer
+LOADED = 1.3  # what loading leaves behind, over the weights
+SLACK = 1.28  # memory that the allocator keeps for tensors that are gone, and scratch space of products
+OPTIMISER_BYTES = 32  # that AdamW reads and writes for each number it trains, in fp32
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Plan:
     steps: int
     memory: dict[str, int]
     minutes: float | None
+    flops: float | None
     available: int | None
     notes: list[str] = field(default_factory=list)
 
@@ -86,20 +96,65 @@ def plan(model: str | Base, data: Any, *, method: Any = None, system: str | None
     chosen = choose_methods(base, method, ready)
     with torch.no_grad():
         delta = Delta.create(base, *chosen, seed=config.seed)
-    lengths = getattr(ready.task, "lengths", None) or [1] * len(ready.task)
-    per_epoch = math.ceil(len(lengths) / config.batch_size)
-    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
-    micro = min(config.micro_batch or config.batch_size, config.batch_size, len(lengths))
-    longest = max(lengths)
-    tokens = round(sum(lengths) * steps / per_epoch)
-    size = 4 if parse(config.precision, "cpu") == torch.float32 else 2
-    memory = _memory(base, delta, micro * longest, ready.supervised, size, config)
-    flops = _flops(base, delta, tokens)
+    task, notes = ready.task, list(ready.notes)
+    epoch = task.plan(config.batch_size, config.seed, 0)
+    steps = config.steps or max(1, math.ceil(config.epochs * len(epoch)))
+    lengths = getattr(task, "lengths", None) or [1] * len(task)
+    tokens = round(sum(lengths) * steps / len(epoch))
+    micro = config.micro_batch or config.batch_size
+    parts = [batch[i : i + micro] for batch in epoch for i in range(0, len(batch), micro)]
+    speeds = measure()
+    try:
+        held, seconds, flops = _rehearsed(base, delta, task, parts, steps / len(epoch), config, speeds)
+    except Exception as e:  # code that decides by values cannot be rehearsed; a plan by formula is better than none
+        notes.append(f"memory and time are rough: the step could not be rehearsed ({type(e).__name__}: {str(e)[:120]})")
+        held, seconds, flops = _by_formula(base, delta, task, parts, tokens, config, speeds)
+    seconds += steps * delta.trainable_parameters * OPTIMISER_BYTES / speeds.moved_large
+    memory = _memory(base, delta, held, config)
     return Plan(
         base.name, [methods.info_of(m).name for m in chosen], _rows(base, delta), delta.trainable_parameters,
-        sum(p.numel() for p in base.model.parameters()), len(lengths), tokens, longest, steps, memory,
-        flops / matrix_speed(size) / 60 if base.family != "vision" else None, available_memory(), list(ready.notes),
+        sum(p.numel() for p in base.model.parameters()), len(lengths), tokens, max(lengths), steps, memory,
+        seconds / 60, flops, available_memory(), notes,
     )  # fmt: skip
+
+
+def _rehearsed(
+    base: Base, delta: Delta, task: Task, parts: list[list[int]], epochs: float, config: TrainConfig, speeds: Speeds
+) -> tuple[float, float, float]:
+    """(bytes held by the largest part, seconds, operations) of `epochs` passes over `parts`."""
+    sizes = [positions(task, part) for part in parts]
+    low, high = (pick(range(len(parts)), key=sizes.__getitem__) for pick in (min, max))
+    cut = _kept(base, delta, config, epochs)
+    total_seconds = total_flops = 0.0
+    held = 0.0
+    for served, passes in ((None, epochs),) if cut is None else ((None, 1.0), (cut, epochs - 1)):
+        large = rehearse(base, delta, task, parts[high], config, served)
+        small = large if sizes[low] == sizes[high] else rehearse(base, delta, task, parts[low], config, served)
+        held = max(held, large.held)
+        # What a pass costs grows with its size, nearly in proportion.
+        per_size = [_between(n, (sizes[low], sizes[high]), [speeds.seconds(r) for r in (small, large)]) for n in sizes]
+        total_seconds += passes * sum(per_size)
+        total_flops += passes * sum(_between(n, (sizes[low], sizes[high]), [small.flops, large.flops]) for n in sizes)
+    return held, total_seconds, total_flops
+
+
+def _between(at: int, ends: tuple[int, int], values: list[float]) -> float:
+    low, high = ends
+    return values[1] if low == high else values[0] + (values[1] - values[0]) * (at - low) / (high - low)
+
+
+def _kept(base: Base, delta: Delta, config: TrainConfig, epochs: float) -> Cut | None:
+    """Where later epochs begin if features of a frozen prefix are kept."""
+    if config.cache_features == "off" or config.gradient_checkpointing or epochs <= 1:
+        return None
+    try:
+        cut = find_cut(base, delta)
+        with training_mode(base, delta):
+            if config.cache_features == "auto":
+                check_deterministic(base, cut)
+    except Refused:
+        return None
+    return cut
 
 
 def _rows(base: Base, delta: Delta) -> list[dict[str, Any]]:
@@ -127,45 +182,39 @@ def _linear_sites(base: Base) -> list[Site]:
     return [s for s in base.sites.all() if s.kind in ("linear", "conv1d", "conv2d") and s.role != "head"]
 
 
-def _memory(base: Base, delta: Delta, tokens: int, supervised: float, size: int, config: TrainConfig) -> dict[str, int]:
-    """Bytes held in each phase."""
-    held = [*base.model.parameters(), *base.model.buffers()]  # packed layers hold their weights in buffers
-    weights = sum(t.numel() * t.element_size() for t in held)
+def _memory(base: Base, delta: Delta, held: float, config: TrainConfig) -> dict[str, int]:
+    """Bytes in each phase: what the process is, the weights, the delta, and what a step holds beside them."""
+    tensors = [*base.model.parameters(), *base.model.buffers()]  # packed layers hold their weights in buffers
+    weights = sum(t.numel() * t.element_size() for t in tensors)
     trained = sum(t.numel() * t.element_size() for _, t in delta.items() if t.requires_grad)
     stored = delta.nbytes
-    # Each linear keeps its input for backward where a delta on it needs it; what comes out is the next one's input.
-    width = sum(s.shape[1] + s.shape[0] for s in _linear_sites(base))
-    blocks = max(1, len([s for s in base.sites.all() if s.kind == "block"]))
-    if config.gradient_checkpointing:
-        width = width // blocks + blocks * max((s.shape[1] for s in _linear_sites(base)), default=0)
-    activations = tokens * width * size
-    head = next((s for s in base.sites.role("head")), None)
-    logits = min(64_000_000 * 3, int(tokens * supervised) * head.shape[0] * 4 * 3) if head is not None else 0
-    training = weights + stored + 3 * trained + activations + logits
+    # AdamW's two moments, and the copy that the first steps are compared with
+    weights = round(weights * LOADED)
+    training = weights + 2 * stored + 2 * trained + round(held * SLACK)
     return {
-        "load": weights + _OVERHEAD,
-        "train": training + _OVERHEAD,
-        "evaluate": weights + stored + tokens * (width // blocks) * size * 2 + logits + _OVERHEAD,
-        "save": weights + 3 * stored + _OVERHEAD,
-        "merge": 2 * weights + stored + _OVERHEAD,
+        "load": weights + OVERHEAD,
+        "train": training + OVERHEAD,
+        "evaluate": weights + stored + round(held * SLACK) // 2 + OVERHEAD,
+        "save": weights + 3 * stored + OVERHEAD,
+        "merge": 2 * weights + stored + OVERHEAD,
     }
 
 
-def _flops(base: Base, delta: Delta, tokens: int) -> float:
-    """Multiply-adds times two: forward everywhere, backward to the activations from the first changed block on."""
-    wide = sum(math.prod(s.shape) for s in _linear_sites(base))
+def _by_formula(
+    base: Base, delta: Delta, task: Task, parts: list[list[int]], tokens: int, config: TrainConfig, speeds: Speeds
+) -> tuple[float, float, float]:
+    """The same from the widths of the linear layers alone."""
+    dtype = parse(config.precision, "cpu")
+    largest = max(positions(task, part) for part in parts)
+    sites = _linear_sites(base)
+    width = sum(s.shape[1] + s.shape[0] for s in sites)
+    if config.gradient_checkpointing:
+        blocks = max(1, len([s for s in base.sites.all() if s.kind == "block"]))
+        width = width // blocks + blocks * max((s.shape[1] for s in sites), default=0)
     full = any(part.info.name == "full" for part in delta.parts)
-    return 2.0 * tokens * wide * (3 if full else 2) * 1.05
-
-
-def matrix_speed(size: int) -> float:
-    """Multiply-add operations per second (times two) of a product of the shapes of a small model, measured for 0.2 s."""
-    dtype = torch.float32 if size == 4 else torch.bfloat16
-    a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    best, until = 0.0, time.perf_counter() + 0.2
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        a @ b
-        best = max(best, 2 * 512 * 576 * 1536 / (time.perf_counter() - began))
-    # Element-wise work and thin products take about as long as the wide ones.
-    return best * 0.5
+    flops = 2.0 * tokens * sum(math.prod(s.shape) for s in sites) * (3 if full else 2) * 1.05
+    return (
+        float(largest * width * torch.empty((), dtype=dtype).element_size()),
+        flops / speeds.product["matrix", dtype] * 2,
+        flops,
+    )
