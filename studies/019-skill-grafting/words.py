@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tunesmith.compose.build import build
 from tunesmith.compose.collect import DeltaChanges
-from tunesmith.compose.graft import Graft, Masks, largest, localize
-from tunesmith.compose.working import dense_changes
+from tunesmith.compose.graft import Graft, Masks, largest, localize, step_of
+from tunesmith.compose.working import dense_changes, dense_delta, gradients
 from tunesmith.core import method as methods
-from tunesmith.core.algebra import Sparse
+from tunesmith.core.algebra import Dense, Sparse
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.evaluate.calibration import ece
@@ -39,7 +39,8 @@ Text = tuple[str, int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Top blocks, rows of a class to learn from and to choose on, test and shifted rows, tokens of a text; SGD; the search."""
+    """Top blocks, rows of a class to learn from and to choose on, test and shifted rows, tokens of a text; SGD; the search
+    (`flips`: steps until the last entry within the budget flips)."""
 
     blocks: int = 3
     shots: int = 64
@@ -52,11 +53,11 @@ class Sizes:
     epochs: int = 15
     share: float = 1e-4
     steps: int = 15
-    search: float = 1e7
+    flips: float = 5.0
     precision: str = "auto"
 
 
-TOY = Sizes(2, 6, 4, 12, 8, 6, 4, 0.5, 4, 0.01, 3, 1e7, "fp32")
+TOY = Sizes(2, 6, 4, 12, 8, 6, 4, 0.5, 4, 0.01, 3, 2.0, "fp32")
 
 
 class WordModel(nn.Module):
@@ -170,9 +171,33 @@ class Words:
         """The learnt graft: entries at most a share of all, chosen by gradient descent on training rows."""
         return localize(
             self.base, DeltaChanges(self.base, [delta]), lambda: self.batches(learn), self.loss, budget=self.sizes.share,
-            start=self.sizes.share / 2, steps=self.sizes.steps, lr=self.sizes.search, seed=seed,
+            start=self.sizes.share / 2, steps=self.sizes.steps, lr=self.search_rate(delta, learn), seed=seed,
             score=lambda base: self.accuracy(learn, dev),
         )  # fmt: skip
+
+    def search_rate(self, delta: Delta, learn: States) -> float:
+        """The rate at which the last entry within the budget would flip after some steps, by the gradient at the first mask.
+
+        An entry with dL/dS = -v at the start has dS/dt = lr v exp(S - S_0) while it is far from flipping: it flips after
+        1 / (lr v) steps. A fixed rate flips nothing or everything, depending on how far fine-tuning went.
+        """
+        changes = DeltaChanges(self.base, [delta])
+        dense = dense_changes(changes)
+        size = sum(d.numel() for d in dense.values())
+        most, first = max(1, int(self.sizes.share * size)), int(self.sizes.share / 2 * size)
+        held = {k: torch.zeros(d.numel(), dtype=torch.bool) for k, d in dense.items()}
+        for k, at in largest(dense, first).items():
+            held[k][at] = True
+        kept = {k: d * held[k].view(d.shape) for k, d in dense.items()}
+        start = dense_delta(self.base, [(p, Dense(kept[p.key])) for p in changes.places()])
+        total = {k: torch.zeros_like(d) for k, d in dense.items()}
+        for batch in self.batches(learn):
+            for k, G in gradients(self.base, start, lambda b=batch: self.loss(self.base, b)[0]).items():  # type: ignore[misc]
+                total[k] += G / len(learn)
+        half, none = torch.tensor(0.5), torch.tensor(False)
+        gain = torch.cat([(-step_of(total[k], d, half, none)).flatten()[~held[k]] for k, d in dense.items()])
+        last = float(gain.topk(max(1, most - first)).values[-1])
+        return 1 / (self.sizes.flips * last) if last > 0 else 1e7
 
     def only(self, delta: Delta, masks: Masks, name: str) -> Delta:
         """The delta with nothing but the entries of some masks."""

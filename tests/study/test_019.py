@@ -107,6 +107,20 @@ def test_one_step_of_sgd_is_the_gradient_times_the_rate(words: Any) -> None:
         torch.testing.assert_close(found[name].detach(), -0.3 * g, atol=1e-6, rtol=1e-4)
 
 
+def test_the_rate_of_the_search_flips_about_as_many_entries_as_the_budget_has(words: Any, world: Any) -> None:
+    from dataclasses import replace
+
+    learn, dev = world.drawn(0)
+    delta, _ = world.fine_tuned(learn, 0)
+    some = replace(world, sizes=replace(world.sizes, steps=8, flips=4.0))
+    curve = some.grafted(delta, learn, dev, 0).curve
+    total = sum(t.numel() for part in delta.parts for _, _, t in part.items())
+    start, budget = int(0.005 * total), int(0.01 * total)
+    found = [r["entries"] for r in curve]
+    assert abs(found[0] - start) <= 1 and found[1] < start + 0.5 * (budget - start)
+    assert max(found) > start + 0.5 * (budget - start)
+
+
 def test_noise_exchanges_neighbours(words: Any) -> None:
     text = "abcdefghij" * 40
     found = words.noised(text, 0.15, random.Random(0))
