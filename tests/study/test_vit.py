@@ -33,3 +33,17 @@ def test_every_parameter_takes_part_and_patches_have_places() -> None:
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())
     moved = torch.cat([x[..., 4:], x[..., :4]], -1)
     assert not torch.allclose(model(x), model(moved), atol=1e-5)
+
+
+def test_the_mean_over_patches_in_place_of_a_class_token() -> None:
+    torch.manual_seed(0)
+    model = TinyViT(16, 4, 24, 2, 3, 1, out=5, mean=True)
+    x = torch.randn(2, 1, 16, 16)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())
+    assert "token" not in dict(model.named_parameters()) and model.position.shape == (1, 16, 24)
+    h = model.patch(x).flatten(2).transpose(1, 2) + model.position
+    for block in model.blocks:
+        h = block(h)
+    torch.testing.assert_close(model(x), model.head(model.norm(h).mean(1)))
+    assert abs(float(model.blocks[0].up.weight.detach().std()) - 24**-0.5) < 0.02

@@ -67,6 +67,13 @@ class Size:
 TOY = Size(16, 2, 2, 1, 16, 32, 20, 20)
 
 
+class GreyViT(TinyViT):
+    """A `TinyViT` that reads pictures in 0..1 and gives the mean over patches [B, dim]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x - 0.4) / 0.25)  # about mean and deviation of the sources
+
+
 @dataclass
 class PictureTask:
     """Pictures x [n, 1, 28, 28] with classes y [n], shuffled anew every epoch."""
@@ -119,7 +126,7 @@ class Pictures:
         return ProbeWorld(name, self.base, task, held, self.features, probe, size.batch)
 
     def features(self, x: Tensor) -> Tensor:
-        """The normed class token [n, dim] of the base as it stands."""
+        """The mean over patches [n, dim] of the base as it stands."""
         with measuring(self.base, "fp32"):
             return torch.cat([self.base.model(part) for part in x.split(250)])
 
@@ -134,7 +141,7 @@ def pictures(ctx: Context, names: Sequence[str], size: Size | None = None) -> Pi
     pools = {s: _pool(ctx, s, size) for s in dict.fromkeys([*SOURCES, *(n.partition("-")[0] for n in names)])}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = TinyViT(28, 7, size.dim, size.depth, size.heads, channels=1)
+        model = GreyViT(28, 7, size.dim, size.depth, size.heads, channels=1, mean=True)
         accuracy = _pretrain(model, pools, size)
     model.eval().requires_grad_(False)
     base = Base(model, example=(pools["digits"]["train"][0][:4],), name="tiny-vit", family="vision")
@@ -173,7 +180,7 @@ def chosen_rate(
 
 
 def _pretrain(model: TinyViT, pools: dict[str, dict[str, Pool]], size: Size) -> float:
-    """Classify digits and things into 20 classes: AdamW, one cycle, shifts of up to 2 pixels."""
+    """Classify digits and things into 20 classes: AdamW, one cycle, shifts of up to 2 pixels, half of the things mirrored."""
 
     def both(split: str) -> Pool:
         (a, ya), (b, yb) = pools["digits"][split], pools["things"][split]
@@ -188,7 +195,9 @@ def _pretrain(model: TinyViT, pools: dict[str, dict[str, Pool]], size: Size) -> 
     for _ in range(size.epochs):
         for rows in torch.randperm(len(y)).split(size.batch)[: len(y) // size.batch]:
             dx, dy = torch.randint(0, 5, (2,)).tolist()
-            batch = F.pad(x[rows], (2, 2, 2, 2))[:, :, dy : dy + 28, dx : dx + 28]
+            mirrored = (torch.rand(len(rows)) < 0.5) & (y[rows] >= 10)
+            batch = torch.where(mirrored[:, None, None, None], x[rows].flip(3), x[rows])
+            batch = F.pad(batch, (2, 2, 2, 2))[:, :, dy : dy + 28, dx : dx + 28]
             F.cross_entropy(head(model(batch)), y[rows]).backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

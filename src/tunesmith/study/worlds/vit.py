@@ -40,7 +40,8 @@ class TinyViT(nn.Module):
     """Pictures [B, channels, image, image] to [B, out]: patches, a class token, learned positions, pre-norm blocks.
 
     With `out=0` there is no last layer and the normed class token [B, dim] is given. Linear layers start from a normal
-    of standard deviation 0.02 and zero biases, as ViT's do.
+    of standard deviation 0.02 and zero biases, as ViT's do. With `mean` there is no class token but the mean over patches,
+    and standard deviations are 1 / sqrt(inputs): it learns several times as fast from few pictures.
     """
 
     def __init__(
@@ -52,22 +53,25 @@ class TinyViT(nn.Module):
         heads: int = 3,
         channels: int = 3,
         out: int = 0,
+        mean: bool = False,
     ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.position = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2 + 1, dim))
+        self.token = None if mean else nn.Parameter(torch.zeros(1, 1, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2 + (not mean), dim))
         self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, out) if out else nn.Identity()
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.normal_(m.weight, std=0.02)
+                nn.init.normal_(m.weight, std=m.in_features**-0.5 if mean else 0.02)
                 nn.init.zeros_(m.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.patch(x).flatten(2).transpose(1, 2)  # [B, T, dim]
-        h = torch.cat([self.token.expand(len(h), -1, -1), h], 1) + self.position
+        if self.token is not None:
+            h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
+        h = h + self.position
         for block in self.blocks:
             h = block(h)
-        return self.head(self.norm(h[:, 0]))
+        return self.head(self.norm(h).mean(1) if self.token is None else self.norm(h[:, 0]))
