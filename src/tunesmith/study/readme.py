@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,16 +34,26 @@ def arms_table(raw: Mapping[str, Any], metric: str = "metric") -> str:
             cells.setdefault(arm, {}).setdefault(column, []).append(float(row[metric]))
     heads = [" ".join(column) or metric for column in columns]
     lines = ["| arm | " + " | ".join(map(plain_cell, heads)) + " |", "| --- |" + " ---: |" * len(heads)]
+    digits = _digits([found.get(column, []) for found in cells.values() for column in columns])
     for arm, found in cells.items():
-        values = [_spread(found.get(column, [])) for column in columns]
+        values = [_spread(found.get(column, []), digits) for column in columns]
         lines.append(f"| {plain_cell(arm)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
+def _digits(groups: list[list[float]]) -> int:
+    """Digits after the point for a table: one for percentages, for smaller numbers two of the smallest deviation."""
+    if max((abs(v) for g in groups for v in g), default=0.0) >= 10:
+        return 1
+    spread = min((s for g in groups if len(g) > 1 and (s := stdev(g)) > 0), default=1.0)
+    return min(5, max(1, 1 - math.floor(math.log10(spread))))
+
+
+def _spread(values: list[float], digits: int) -> str:
     if not values:
         return ""
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+    middle = f"{mean(values):.{digits}f}"
+    return f"{middle} ± {stdev(values):.{digits}f}" if len(values) > 1 else middle
 
 
 def block(result: Mapping[str, Any], metric: str = "metric") -> str:

@@ -175,6 +175,10 @@ def statistic_text(value: Any) -> str:
     if _interval(value):
         size = f", n={value['n']}" if "n" in value else ""
         return f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]{size}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {statistic_text(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(statistic_text, value))
     return _number(value) if isinstance(value, _NUMBER) and not isinstance(value, bool) else str(value)
 
 
