@@ -113,3 +113,19 @@ def test_it_is_registered_with_its_limits() -> None:
     assert COMBINERS.get("pcb").facts["most"] == 64
     with pytest.raises(ts.TunesmithError, match="outside"):
         PCB(ratio=0.0)
+
+
+@pytest.mark.parametrize("use", ["size", "agreement"])
+def test_ablations_score_by_one_of_the_two(use: str) -> None:
+    torch.manual_seed(3)
+    D = torch.randn(3, 400)
+    got = merged(PCB(ratio=0.2, use=use), D, [400], [1.0, 1.0, 1.0])
+    low, high = D.abs().min(1).values, D.abs().sort(1).values[:, max(int(400 * (1 - 1e-4) - 1), 0)]
+    C = D.sign() * D.abs().clamp(low[:, None], high[:, None])
+    size = (C.abs() - low[:, None]) / (high - low)[:, None]
+    P = torch.exp(3 * size**2) if use == "size" else torch.tanh(D * D.sum(0))
+    least = P.sort(1).values[:, int(400 * 0.8)]
+    S = (P.clamp_min(least[:, None]) - least[:, None]) / (P.max(1).values - least)[:, None]
+    want = (S * C).sum(0) / S.sum(0).clamp_min(1e-12)
+    torch.testing.assert_close(got.flatten(), want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got, merged(PCB(ratio=0.2), D, [400], [1.0, 1.0, 1.0]))

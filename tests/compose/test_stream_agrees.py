@@ -54,3 +54,47 @@ def test_random_draws_depend_on_the_seed_and_not_on_the_order(models: list[Path]
     x, y, z = (read_all(tmp_path / n) for n in "xyz")
     assert all(torch.allclose(x[n], y[n], atol=1e-6) for n in x)
     assert any(not torch.equal(x[n], z[n]) for n in x)
+
+
+@pytest.mark.parametrize(
+    ("how", "left"),
+    [
+        ("dare:density=0.3", {"lm_head.weight"}),
+        ("dare-ties:density=0.3,exempt=none", set()),
+        ("della:density=0.3", set()),
+        ("della:density=0.3,exempt=heads", {"lm_head.weight"}),
+        ("della-linear:density=0.3,exempt=outside",
+         {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_pruned_is_the_same_in_memory_and_on_disk(
+    models: list[Path], deltas: list[Path], tmp_path: Path, how: str, left: set[str]
+) -> None:
+    base = tunesmith.load(models[0], dtype="fp32", device="cpu")
+    merge_folders(models[0], models[1:2], how, None, tmp_path / "out")
+    streamed = read_all(tmp_path / "out")
+    merged = base.merged(merge(base, [tunesmith.Delta.load(deltas[0], base)], how)).model.state_dict()
+    start, full = base.model.state_dict(), read_all(models[1])
+    for got in (streamed, merged):
+        for n in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight",
+                  "model.layers.0.input_layernorm.weight"):  # fmt: skip
+            dropped = float((got[n] == start[n]).float().mean())
+            if n in left:
+                assert torch.allclose(got[n], full[n], atol=1e-6), n
+            else:
+                assert dropped > 0.3, n
+
+
+def test_a_tied_table_is_a_head(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base", tie_word_embeddings=True)
+    other = tuned(tmp_path / "a", base, 1)
+    between_folders(base, other, tmp_path / "d")
+    merge_folders(base, [other], "dare:density=0.3", None, tmp_path / "out")
+    loaded = tunesmith.load(base, dtype="fp32", device="cpu")
+    merged = loaded.merged(merge(loaded, [tunesmith.Delta.load(tmp_path / "d", loaded)], "dare:density=0.3"))
+    table, up = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+    full = read_all(other)
+    for got in (read_all(tmp_path / "out"), merged.model.state_dict()):
+        assert torch.allclose(got[table], full[table], atol=1e-6)
+        assert not torch.allclose(got[up], full[up], atol=1e-3)

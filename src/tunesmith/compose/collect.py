@@ -48,6 +48,7 @@ class DeltaChanges:
         ]
         self._changed: dict[tuple[int, str], tuple[str, ...]] = {}
         self._depth = depths(base)
+        self._heads = {s.path for s in base.sites.role("head")}
         for view, plan in zip(self.views, self._plans, strict=True):
             parents = view.delta.provenance.get("lineage")
             for path, actions in plan.items() if parents else ():
@@ -75,6 +76,7 @@ class DeltaChanges:
                 yield Place(
                     path, name, shapes[name], site.kind, at, of, tied,
                     base=lambda site=site, name=name: wide(site.params()[name].detach()),
+                    head=lambda site=site: bool(self._heads & {site.path, *site.tied}),
                 )  # fmt: skip
 
     @torch.no_grad()

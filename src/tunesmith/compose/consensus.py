@@ -23,7 +23,8 @@ Deviations from mergekit 0.1.5, all tested against it: (1) random sparsifiers re
 mergekit matches the L1 norm, here `rescale=l1`. (2) Ties in magnitude go to the lower index; mergekit leaves them to its
 sort. (3) DELLA ranks within rows [out, in * kernel]; mergekit within the second axis, which differs for kernels. (4)
 Breadcrumbs works by row by default, as its authors' code; mergekit by tensor, here `per=tensor`. (5) A tensor that a
-source leaves alone counts as a zero change of it in a normalised sum.
+source leaves alone counts as a zero change of it in a normalised sum. (6) DARE does not prune output heads, as its
+papers say; mergekit prunes all, here `exempt=none`. `exempt=outside` is their code for decoders: only matrices in blocks.
 
 Yadav et al. 2023, arXiv 2306.01708 (TIES); Yu et al. 2023, arXiv 2311.03099 (DARE); Deng et al. 2024, arXiv 2410.09344
 (DAREx, q); Deep et al. 2024, arXiv 2406.11617 (DELLA); Davari and Belilovsky 2023, arXiv 2312.06795 (Breadcrumbs).
@@ -46,6 +47,7 @@ from tunesmith.core.method import option
 
 PIECE = 1 << 18  # entries summed at once
 ENTRY = 3  # numbers of fp32 that an entry with its place takes
+EXEMPT = ("none", "heads", "outside")
 DROPS = {"one is itself": "it drops entries", "linear": "what is dropped depends on the values"}
 
 
@@ -86,10 +88,18 @@ def together(
     return out.reshape(first.shape)
 
 
+def spared(at: Place, exempt: str) -> bool:
+    """Whether a tensor is left whole: heads, or all that is no matrix of a repeated block."""
+    if exempt == "outside":
+        return at.depth is None or len(at.shape) < 2
+    return exempt == "heads" and at.name == "weight" and at.head()
+
+
 class _Engine:
     """What the presets share: `keep` is theirs, the rest is here."""
 
     elect = False
+    exempt = "none"
     normalize: bool
     lam: float
 
@@ -98,7 +108,11 @@ class _Engine:
 
     def combine(self, at: Place, changes: Sequence[Update | None], weights: Sequence[float], now: Now) -> Update | None:
         """The combined change of one tensor."""
-        kept = [None if u is None else self.keep(at, u.dense(), i, now) for i, u in enumerate(changes)]
+        whole = spared(at, self.exempt)
+        kept = [
+            None if u is None else u.dense() if whole else self.keep(at, u.dense(), i, now)
+            for i, u in enumerate(changes)
+        ]  # fmt: skip
         found = together(kept, weights, elect=self.elect, normalize=self.normalize, lam=self.lam)
         return lightest(found, at)
 
@@ -151,6 +165,7 @@ class Dare(_Dare):
     density: float = option(0.1, "1 - p: chance of an entry to be kept", low=1e-6, high=1.0)
     rescale: str = option("inverse", "kept entries over their chance, scaled to the L1 norm of all, or as they are", choices=RESCALES)  # fmt: skip
     q: float = option(0.0, "kept entries are divided by q instead; 0 means the density", low=0.0, high=1.0)
+    exempt: str = option("heads", "what is not pruned: output heads (a tied table too), or all but the matrices in blocks", choices=EXEMPT)  # fmt: skip
     lam: float = option(1.0, "lambda: the result is scaled by it", low=-1e6, high=1e6)
     normalize: bool = option(False, "divide the weights by their sum")
 
@@ -164,6 +179,7 @@ class DareTies(_Dare):
     density: float = option(0.1, "1 - p: chance of an entry to be kept", low=1e-6, high=1.0)
     rescale: str = option("inverse", "kept entries over their chance, scaled to the L1 norm of all, or as they are", choices=RESCALES)  # fmt: skip
     q: float = option(0.0, "kept entries are divided by q instead; 0 means the density", low=0.0, high=1.0)
+    exempt: str = option("heads", "what is not pruned: output heads (a tied table too), or all but the matrices in blocks", choices=EXEMPT)  # fmt: skip
     lam: float = option(1.0, "lambda: the result is scaled by it", low=-1e6, high=1e6)
     normalize: bool = option(False, "divide by the weights that agree")
 
@@ -187,6 +203,7 @@ class Della(_Della):
     density: float = option(0.5, "mean chance of an entry to be kept", low=0.0, high=1.0)
     epsilon: float = option(0.15, "the chance runs from density - epsilon to density + epsilon in a row", low=0.0, high=0.5)  # fmt: skip
     rescale: str = option("inverse", "kept entries over their chance, scaled to the L1 norm of all, or as they are", choices=RESCALES)  # fmt: skip
+    exempt: str = option("none", "what is not pruned: output heads (a tied table too), or all but the matrices in blocks", choices=EXEMPT)  # fmt: skip
     lam: float = option(1.0, "lambda: the result is scaled by it", low=-1e6, high=1e6)
     normalize: bool = option(True, "divide by the weights that agree")
 
@@ -198,6 +215,7 @@ class DellaLinear(_Della):
     density: float = option(0.5, "mean chance of an entry to be kept", low=0.0, high=1.0)
     epsilon: float = option(0.15, "the chance runs from density - epsilon to density + epsilon in a row", low=0.0, high=0.5)  # fmt: skip
     rescale: str = option("inverse", "kept entries over their chance, scaled to the L1 norm of all, or as they are", choices=RESCALES)  # fmt: skip
+    exempt: str = option("none", "what is not pruned: output heads (a tied table too), or all but the matrices in blocks", choices=EXEMPT)  # fmt: skip
     lam: float = option(1.0, "lambda: the result is scaled by it", low=-1e6, high=1e6)
     normalize: bool = option(False, "divide the weights by their sum")
 

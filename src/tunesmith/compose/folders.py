@@ -208,6 +208,19 @@ class ModelFolder:
         shape = self.tensors[name].shape
         return self.depth(name) is None and len(shape) >= 1 and shape[0] == self.vocabulary_rows
 
+    @cached_property
+    def heads(self) -> frozenset[str]:
+        """Names of the tensor that makes the scores of tokens, as transformers says; empty for other folders."""
+        from tunesmith.compose.between import skeleton_of
+
+        try:
+            model: Any = skeleton_of(self)
+        except UsageError:  # a folder of tensors with no model class of transformers
+            return frozenset()
+        out = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        found = None if out is None else getattr(out, "weight", None)
+        return frozenset(n for n, t in model.state_dict(keep_vars=True).items() if found is not None and t is found)
+
     def kind(self, name: str) -> str:
         """The likely kind of site: by shape, and for the token table and the head by its rows."""
         shape, last = self.tensors[name].shape, name.rpartition(".")[2]
@@ -318,7 +331,10 @@ class FolderChanges:
         depth = self.base.depth(name)
         of = self.base.blocks[1] if depth is not None else 1
         value = partial(self.base_value, name)
-        return Place(path, last, self.shape(name), kind=self.base.kind(name), depth=depth, of=of, base=value)
+        kind = self.base.kind(name)
+        return Place(
+            path, last, self.shape(name), kind=kind, depth=depth, of=of, base=value, head=lambda: name in self.base.heads
+        )  # fmt: skip
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor in the result."""

@@ -10,10 +10,11 @@ With D_i the change by source i as one row over all tensors, d entries, n source
 
 All quantiles are over the whole model, not per tensor; they are exact, found in four passes that hold one tensor at a
 time. `agree=normed` replaces D_j in the sum by sign(D_j) minmax(M_j), as in the authors' script for vision, so that a
-source of large norm does not decide alone. fp32, as the ranks are.
+source of large norm does not decide alone. `use=size` scores by the exponential alone and `use=agreement` by tanh alone,
+the paper's ablations. fp32, as the ranks are.
 
-Defaults: the authors' generic function; ratio 0.05 and lam 1.2 in their script for vision. The gradient-free search of lam
-is not here.
+Defaults: the authors' generic function; ratio 0.05 and lam 1.2 in their script for vision. The gradient-free search of one
+lambda for each source is `search` over its weights, as docs/merging.md shows.
 Use when: sources were tuned for different tasks and no data is at hand. Avoid when: there is one source (entries are
 clipped and dropped for nothing).
 Cost: five passes over the changes.
@@ -64,6 +65,7 @@ class PCB:
     ratio: float = option(0.1, "r: share of the entries of each source that is kept", low=1e-6, high=1.0)
     lam: float = option(1.0, "lambda: every source is scaled by it", low=-1e6, high=1e6)
     trim: float = option(1e-4, "share of the smallest and largest magnitudes that is clipped", low=0.0, high=0.49)
+    use: str = option("both", "what a score is made of: size in the source and agreement, or one of the two (ablations)", choices=("both", "size", "agreement"))  # fmt: skip
     agree: str = option("raw", "what the others are summed as: changes, or changes scaled to one size", choices=("raw", "normed"))  # fmt: skip
 
     def survey(self, changes: Changes, weights: Sequence[float], now: Now) -> Bounds | None:
@@ -87,7 +89,11 @@ class PCB:
         size = [minmax(x.abs().clamp(a, b), a, b) for x, a, b in zip(D, low, high, strict=True)]
         others = D if self.agree == "raw" else [x.sign() * s for x, s in zip(D, size, strict=True)]
         whole = torch.stack(list(others)).sum(0)
-        return [torch.exp(len(D) * s**2) * torch.tanh(x * whole) for x, s in zip(D, size, strict=True)]
+        intra = [torch.exp(len(D) * s**2) for s in size]
+        inter = [torch.tanh(x * whole) for x in D]
+        if self.use != "both":
+            return intra if self.use == "size" else inter
+        return [a * b for a, b in zip(intra, inter, strict=True)]
 
     def combine(self, at: Place, changes: Sequence[Update | None], weights: Sequence[float], now: Now) -> Update | None:
         """The mix of one tensor."""

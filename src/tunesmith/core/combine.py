@@ -49,7 +49,8 @@ class Place:
 
     `path` and `name` are the module and its parameter; `kind` is the site's ("" where none is known); `depth` counts
     from 0 over the `of` repeated blocks of one stack (None outside them). `tied` are other paths whose weight is the same
-    tensor and changes with it. `base()` gives its value, fp32 or wider.
+    tensor and changes with it. `base()` gives its value, fp32 or wider. `head()` says
+    whether it makes the model's outputs, which may take a look at the whole model.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Place:
     of: int = 1
     tied: tuple[str, ...] = ()
     base: Callable[[], Tensor] = field(default=lambda: torch.empty(0), repr=False, compare=False)
+    head: Callable[[], bool] = field(default=lambda: False, repr=False, compare=False)
 
     @property
     def key(self) -> str:
