@@ -177,30 +177,37 @@ def picture(result: Mapping[str, Any]) -> str:
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        points = []
+        points: list[tuple[float, float, str]] = []
+        spans: tuple[list[float], list[float]] = ([], [])
         for r in result["rows"]:
             x, y = r["retention"]["mean"], r["target"]["mean"]
             xs, ys = r["retention"]["values"], r["target"]["values"]
+            spans[0].extend(xs)
+            spans[1].extend(ys)
             colour = "#b4462c" if r["label"] == result["recommendation"]["method"] else "#2c5f8a"
             axes.errorbar(
                 x, y, xerr=[[x - min(xs)], [max(xs) - x]], yerr=[[y - min(ys)], [max(ys) - y]],
-                fmt="o" if r["pareto"] else "x", color=colour, ecolor="#b8b8b8", elinewidth=0.8, markersize=6,
+                fmt="o" if r["pareto"] else "x", color=colour, ecolor="#9a9a9a", elinewidth=0.9, markersize=6,
             )  # fmt: skip
             points.append((x, y, r["label"]))
         line = sorted((r["retention"]["mean"], r["target"]["mean"]) for r in result["rows"] if r["pareto"])
         axes.plot(*zip(*line, strict=True), color="#2c5f8a", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-        limits = _limits([x for x, _, _ in points]), _limits([y for _, y, _ in points])
+        limits = _limits(spans[0]), _limits(spans[1])
         axes.set_xlim(*limits[0])
         axes.set_ylim(*(limits[1] if up else limits[1][::-1]))
         for c in result["controls"]:  # those far below would press all methods together; the table has them
             if c["verdict"] is not None and limits[1][0] < c["value"] < limits[1][1]:
-                axes.axhline(c["value"], color="#b8b8b8", linewidth=0.7, zorder=-1)
+                axes.axhline(c["value"], color="#9a9a9a", linewidth=0.7, linestyle=(0, (1, 2)), zorder=-1)
                 axes.annotate(c["name"], (1, c["value"]), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                              fontsize=7, color="#808080")  # fmt: skip
+                              fontsize=7, color="#666666")  # fmt: skip
         _labels(axes, points)
         axes.set_xlabel(f"retention: {result['retention']['measure']}")
         axes.set_ylabel(f"{result['target']['metric']} on test rows ({'higher' if up else 'lower'} is better)")
-        axes.set_title("o on the Pareto front, x not; red: recommended; bars: range over seeds", fontsize=8, loc="left")
+        axes.set_title(
+            "o on the Pareto front (dashed), x not; red: recommended; bars: range over seeds; dotted: controls",
+            fontsize=8,
+            loc="left",
+        )
         axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -208,9 +215,9 @@ def picture(result: Mapping[str, Any]) -> str:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """The range of an axis: that of the values with room for labels."""
+    """The range of an axis: that of the values of all seeds, with room for labels."""
     low, high = min(values), max(values)
-    room = 0.15 * (high - low) or 0.05 * max(1.0, abs(high))
+    room = 0.12 * (high - low) or 0.05 * max(1.0, abs(high))
     return low - room, high + room
 
 
@@ -227,4 +234,5 @@ def _labels(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         ):
             shift += 1
         placed.append((across, up + 0.035 * shift, len(name)))
-        axes.annotate(name, (x, y), xytext=(5, 3 + 10 * shift), textcoords="offset points", fontsize=8)
+        axes.annotate(name, (x, y), xytext=(5, 3 + 10 * shift), textcoords="offset points", fontsize=8,
+                      bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6})  # fmt: skip
