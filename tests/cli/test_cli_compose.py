@@ -187,6 +187,22 @@ def test_a_packed_base_has_three_targets(run: Run, tiny: Path, tmp_path: Path) -
     with packed.using(delta):
         want = packed.model(input_ids=torch.tensor([[5, 9, 40, 41]])).logits
     assert torch.allclose(logits(tmp_path / "out"), want, atol=1e-3)
+    found = run("merge", tmp_path / "d", "--model", tmp_path / "packed", "--into", tmp_path / "out2", "--packed",
+                tmp_path / "again", "--json")  # fmt: skip
+    assert found.code == 0, found.err
+    row = next(r for r in found.json["targets"] if r["target"] == "requantised")
+    assert row["gap"] == pytest.approx(rows["requantised"]["gap"], rel=1e-3) and row["folder"] == str(
+        tmp_path / "again"
+    )
+    again = tunesmith.load(tmp_path / "again")
+    held = [p for p, m in again.modules.items() if isinstance(m, derive.QuantLinear)]
+    assert held == [p for p, m in packed.modules.items() if isinstance(m, derive.QuantLinear)] != []
+    moved = again.modules["model.layers.0.self_attn.q_proj"].dense_weight()
+    assert not torch.equal(moved, packed.modules["model.layers.0.self_attn.q_proj"].dense_weight()), (
+        "the delta is in it"
+    )
+    refused = run("merge", tmp_path / "d", "--model", tiny, "--into", tmp_path / "out3", "--packed", tmp_path / "x")
+    assert refused.code != 0 and not (tmp_path / "out3").exists()
 
 
 @pytest.mark.parametrize(("text", "size"), [("500MB", 500_000_000), ("5GiB", 5 << 30), ("12", 12), ("1.5k", 1500)])

@@ -66,6 +66,10 @@ def merge(
     shard_size: Annotated[
         str, typer.Option("--shard-size", metavar="SIZE", help="Model folders: largest file, as 500MB or 5GB.")
     ] = "5GB",
+    packed: Annotated[
+        Path | None,
+        typer.Option("--packed", metavar="FOLDER", help="Of a packed base: also write the result packed again, here."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Model folders: go on with a merge that was cut short.")
     ] = True,
@@ -78,12 +82,15 @@ def merge(
 
     One delta without --method becomes a plain model folder that needs no tunesmith: safetensors, tokenizer, generation
     settings. It is loaded again before it takes its name, and must give the outputs of the applied delta and not those of
-    the base. A packed base is written in full precision, and the gaps of the other choices are told. Several sources need a --method; model folders are read and written tensor by tensor against the base given
-    with --model. A folder that holds anything but an earlier merge is never overwritten.
+    the base. A packed base is written in full precision, and the gaps of the other choices are told; --packed also writes it
+    packed again, as a base derived from that folder. Several sources need a --method; model folders are read and written
+    tensor by tensor against the base given with --model. A folder that holds anything but an earlier merge is never overwritten.
     """
     from tunesmith.cli import merging
 
     form = merging.checked_form(write_as)
+    if packed is not None and (merging.are_models(sources) or form == "delta" or (len(sources) > 1 and form is None)):
+        raise UsageError("only a model that a delta is folded into is packed again", where="--packed")
     if merging.are_models(sources):
         how = merging.Models(dtype, vocabulary, missing, shard_size, resume)
         return merging.merge_models(sources, into, method, weights, form or "model", seed, model, how)
@@ -96,10 +103,10 @@ def merge(
         target = landing.free(into)
         folder = delta_folder(sources[0])
         base = load_base(folder, store_peek(folder), model, device, exact=True)
-        return write_model(base, _loaded(folder, base), target, into)
+        return write_model(base, _loaded(folder, base), target, into, packed)
     base, merged, deltas = merging.merge_deltas(sources, method, weights, seed, model, device)
     if form == "model":
-        return write_model(base, merged, landing.free(into), into)
+        return write_model(base, merged, landing.free(into), into, packed)
     return merging.write_delta(base, merged, into, "merged", deltas)
 
 
@@ -116,8 +123,8 @@ def _loaded(folder: Path, base: Base) -> Delta:
     return Delta.load(folder, base)
 
 
-def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
-    """Fold a delta into its base and write a model folder, proved by loading it again."""
+def write_model(base: Base, loaded: Delta, target: Path, into: Path, again: Path | None = None) -> Result:
+    """Fold a delta into its base and write a model folder, proved by loading it again; `again` is for it packed."""
     import torch
 
     _require_mergeable(base, loaded)
@@ -129,6 +136,10 @@ def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
         raise DeltaError("the delta changes nothing", where=loaded.name, hint=hint)
     merged = base.merged(loaded)
     packed = targets.is_packed(base)
+    if again is not None:
+        if not packed:
+            raise UsageError(f"{base.name} is not packed", where="--packed", hint="leave it out")
+        targets.require_repeatable(base)
     if packed:
         merged = targets.unpacked(merged)
     choices = targets.target_gaps(base, loaded, merged) if packed else []
@@ -142,6 +153,9 @@ def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
                 hint="nothing was written; in a coarser dtype a small delta is lost in rounding",
             )  # fmt: skip
         landing.publish(fresh, target)
+    if again is not None:
+        made = targets.write_packed(base, again, target, applied)
+        choices = [made if row["target"] == made["target"] else row for row in choices]
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir()) if p.is_file()}
 
     def view(console: Console) -> None:
@@ -152,7 +166,7 @@ def write_model(base: Base, loaded: Delta, target: Path, into: Path) -> Result:
         console.print(shown)
         for row in choices:
             said = row["why_not"] or f"gap to applied {row['gap']:.3g}, {amount(row['bytes'])} in memory"
-            written = " (written)" if row["target"] == "dequantised" else ""
+            written = " (written)" if row["target"] == "dequantised" or "folder" in row else ""
             console.print(visible(f"into {row['target']}{written}: {said}"), soft_wrap=True)
 
     data: dict[str, Any] = {

@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from tunesmith.core.base import Base
@@ -63,20 +65,57 @@ def target_gaps(base: Base, delta: Delta, merged: Base) -> list[dict[str, Any]]:
     return rows
 
 
+def write_packed(base: Base, folder: Path, dense: Path, want: Tensor) -> dict[str, Any]:
+    """Write the merged model packed again, as a derived base of the dense folder that was merged into, and open it.
+
+    `want` are the outputs of base and delta on the probe. Raises UsageError for recipes that cannot be run again.
+    """
+    import tunesmith
+    from tunesmith.core.derive import records
+    from tunesmith.core.derived_store import save_derived
+
+    merged = tunesmith.load(dense.resolve(), dtype=base.dtype, device=str(base.device), task=base.source.get("task"))
+    place = save_derived(_again(merged, records(base)), folder)
+    opened = tunesmith.load(place, device=str(base.device))
+    return {
+        "target": "requantised", "folder": str(place), "gap": _gap(_probed(opened, base), want),
+        "bytes": _bytes(opened), "why_not": None,
+    }  # fmt: skip
+
+
+def _probed(opened: Base, base: Base) -> Tensor:
+    from tunesmith.core.base import Base as Made
+
+    return Made(opened.model, example=base.probe(), family=base.family).probe_outputs()
+
+
 def _again(merged: Base, steps: list[dict[str, Any]]) -> Base:
     """The recipes of another base run on this one. Raises UsageError for one that data went into."""
     from tunesmith.core.derive import RECIPES, derive
-    from tunesmith.core.errors import UsageError
     from tunesmith.core.expected import retyped
+
+    _require_repeatable(steps)
+    for step in steps:
+        cls = RECIPES.get(step["recipe"]).cls
+        merged = derive(merged, cls(**retyped(cls, step["options"])))
+    return merged
+
+
+def require_repeatable(base: Base) -> None:
+    """Raise UsageError for a base that cannot be packed again as it was."""
+    from tunesmith.core.derive import records
+
+    _require_repeatable(records(base))
+
+
+def _require_repeatable(steps: list[dict[str, Any]]) -> None:
+    from tunesmith.core.errors import UsageError
 
     if not steps:
         raise UsageError("the base does not say how it was packed")
     for step in steps:
         if step.get("not_repeatable"):
             raise UsageError(f"recipe {step['recipe']!r} cannot be run again: {step['not_repeatable']}")
-        cls = RECIPES.get(step["recipe"]).cls
-        merged = derive(merged, cls(**retyped(cls, step["options"])))
-    return merged
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
