@@ -84,6 +84,15 @@ def test_bad_settings_are_told(run: Callable[..., Any], tiny: Path, more: list[s
     assert done.code == 2 and text in done.err
 
 
+def test_replicas_need_their_extra(
+    run: Callable[..., Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "tunesmith.serve.cluster", raising=False)
+    done = run("serve", "--model", str(tiny), "--deltas", str(tmp_path), "--replicas", "2")
+    assert done.code == 6 and "tunesmith[serve,ray]" in done.err
+
+
 def test_a_base_that_reads_no_text_is_not_served(run: Callable[..., Any]) -> None:
     done = run("serve", "--model", "efficientnet-lite0")
     assert done.code == 2 and "is not served" in done.err

@@ -24,7 +24,7 @@ class Served:
     """A server on a free port of this machine."""
 
     def __init__(
-        self, base: Base, root: Path, *, access: Access | None = None, queue: int = 64, **settings: Any
+        self, base: Base, root: Path, *, access: Access | None = None, queue: int = 64, port: int = 0, **settings: Any
     ) -> None:
         self.base, self.library = base, Library(base, 1 << 30)
         self.library.scan(root)
@@ -32,7 +32,7 @@ class Served:
         engine = Engine(base, self.library, **{"cells": 6000, **settings}) if writes else None
         self.worker = Worker(engine, Encoder(base, self.library), queue=queue)
         app = create(base, self.worker, access=access, root=root, body_limit=20_000)
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         until = time.monotonic() + 20

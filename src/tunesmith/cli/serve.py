@@ -63,6 +63,10 @@ def serve(
         Path | None,
         typer.Option("--keys", metavar="FILE", help='JSON of bearer keys: {"KEY": null or ["model", ...]}.'),
     ] = None,
+    replicas: Annotated[
+        int,
+        typer.Option(help="Replicas with a base each, through Ray Serve (tunesmith[ray]); 0 serves without.", min=0),
+    ] = 0,
     prove: Annotated[
         bool, typer.Option("--selftest", help="Prove mixed batch = one at a time = merged, and end.")
     ] = False,
@@ -77,12 +81,20 @@ def serve(
     """
     if policy not in POLICIES:
         raise UsageError(f"unknown policy {policy!r}", where="--policy", hint=f"one of {', '.join(POLICIES)}")
-    from tunesmith.models.open import load
-    from tunesmith.serve.library import Library
-
     root = deltas if deltas is not None else registry()
     if deltas is not None and not deltas.is_dir():
         raise UsageError("is no folder", where=str(deltas), hint="give the folder that holds the deltas' folders")
+    if replicas:
+        if prove:
+            raise UsageError("the proof needs no replicas", where="--replicas", hint="leave it out")
+        asked = {
+            "model": model, "deltas": str(root.resolve()), "device": device, "cells": cells_, "requests": requests,
+            "queue": queue, "policy": policy, "first_token": first_token, "memory": memory << 20, "body": body << 10,
+        }  # fmt: skip
+        return _replicated(asked, keys, host, port, replicas, drain)
+    from tunesmith.models.open import load
+    from tunesmith.serve.library import Library
+
     base = load(model, device=device, dtype="float32") if prove else load(model, device=device)
     if base.family not in ("causal-lm", "encoder") or base.tokenizer is None:
         hint = "use a causal language model, or an encoder of text"
@@ -114,6 +126,35 @@ def _proved(base: Base, library: Library, cells_: int) -> Result:
         {**data, "live_only": list(proof.live_only)}, str(proof), exit_code=0 if proof.holds else DeltaError.exit_code,
         failure="" if proof.holds else str(proof),
     )  # fmt: skip
+
+
+def _replicated(asked: dict[str, Any], keys: Path | None, host: str, port: int, replicas: int, drain: float) -> Result:
+    """Serve through Ray Serve until a signal comes."""
+    import threading
+
+    try:
+        from tunesmith.serve import cluster
+    except ModuleNotFoundError as error:
+        raise ResourceError(
+            f"the package {error.name!r} is not installed", hint="pip install 'tunesmith[serve,ray]'"
+        ) from None
+    from tunesmith.serve.access import Access
+
+    known = {} if keys is None else Access.read(keys).keys
+    settings = cluster.Settings(
+        **asked, drain=drain, keys={k: None if v is None else sorted(v) for k, v in known.items()}
+    )
+    ended = threading.Event()
+    before = {s: signal.signal(s, lambda *_: ended.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with cluster.running(settings, host, port, replicas=replicas):
+            progress_console().print(f"{replicas} replicas on http://{host}:{port}; Ctrl-C ends it", soft_wrap=True)
+            while not ended.wait(1.0):
+                pass
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    return Result({"replicas": replicas}, f"served with {replicas} replicas")
 
 
 def _run(
