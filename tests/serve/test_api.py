@@ -204,6 +204,8 @@ def test_the_admin_plane_loads_pins_and_unloads(base: Base, root: Path, tmp_path
         assert refused.status_code == 422 and "zero" in refused.json()["error"]["message"]
         outside = send.post("/admin/deltas", json={"name": "x", "folder": "../../etc"})
         assert outside.status_code == 400 and "outside" in outside.json()["error"]["message"]
+        odd = send.post("/admin/deltas", json={"name": "x", "folder": "a\0b"})
+        assert odd.status_code == 400 and "folder" in odd.json()["error"]["message"]
         assert send.delete("/admin/deltas/late").json()["deleted"] is True
         assert send.delete("/admin/deltas/late").status_code == 404
         with pytest.raises(openai.NotFoundError):

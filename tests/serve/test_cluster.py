@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-
 from byte_tokenizer import byte_tokenizer
 from serve_cases import moved, tiny_llama
 from serve_http import asked

@@ -84,6 +84,12 @@ def _errors(app: FastAPI) -> None:
     async def ours(_: Request, error: TunesmithError) -> Response:
         return failure(error)
 
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return problem(
+            500, f"something is wrong with the server ({type(error).__name__}); its log says what", "server_error"
+        )
+
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         return problem(error.status_code, str(error.detail), "invalid_request_error", headers=dict(error.headers or {}))
@@ -138,6 +144,8 @@ def _admin(app: FastAPI, service: Service) -> None:
     async def load(body: LoadRequest) -> dict[str, Any]:
         if service.root is None:
             raise UsageError("deltas cannot be loaded: the server was started without a folder", where="folder")
+        if "\0" in body.folder:
+            raise UsageError("a folder's name has no such character", where="folder")
         place = (service.root / body.folder).resolve()
         if not place.is_relative_to(service.root.resolve()):
             raise UsageError("it lies outside the folder of this server", where="folder")
