@@ -27,9 +27,8 @@ from typing import Any
 
 import httpx
 import torch
-from serve_cases import moved
 
-from serve_toy import serve, writer
+from serve_toy import moved, serve, writer
 from tunesmith.core import store
 from tunesmith.deltas import LoRA
 from tunesmith.serve.engine import Engine, Request
@@ -116,7 +115,7 @@ def check(kills: int, seed: int, work: Path) -> dict[str, Any]:
     for name in NAMES:
         version(base, name, 0).save(root / name)
     known = answers(base)
-    for _ in range(kills):
+    for i in range(kills + 1):  # the last server only answers
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         serving = child(lambda p=port: server(root, p))  # type: ignore[misc]
@@ -127,6 +126,10 @@ def check(kills: int, seed: int, work: Path) -> dict[str, Any]:
             os.waitpid(serving, 0)
             raise
         wrong += differences(url, root, known, base)
+        if i == kills:
+            os.kill(serving, signal.SIGKILL)
+            os.waitpid(serving, 0)
+            break
         saving = child(lambda: writing(root))  # forked before there are threads
         stop = threading.Event()
         callers = [threading.Thread(target=load, args=(url, stop), daemon=True) for _ in range(3)]

@@ -28,9 +28,8 @@ from typing import Any
 import httpx
 import psutil
 import torch
-from serve_cases import moved
 
-from serve_toy import ADMIN, fill, reader, serve, writer
+from serve_toy import ADMIN, fill, moved, reader, serve, writer
 from tunesmith.deltas import LoRA
 
 DELTAS, CALLERS = 24, 12
