@@ -208,6 +208,8 @@ class Encoder:
                 continue
             try:
                 one.held = self.library.acquire(one.reading.delta)
+                if one.held.decoder is not None:
+                    raise UsageError("it is a decoder, which only writes", where=one.reading.delta)
             except TunesmithError as error:
                 ended.append(self._end(one, error=error))
         # Rows of one name may hold two versions of it, if it was written anew between two batches.

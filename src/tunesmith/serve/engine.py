@@ -218,6 +218,9 @@ class Engine:
                    for r in self.live.values()]  # fmt: skip
         events: list[Event] = []
         requests, queue = {w.id: w for w in self.waiting}, []
+        if len(self._cells) > 2 * len(self.library.entries) + len(self.live):  # versions that are no more
+            known = {e.digest for e in self.library.entries.copy().values()} | {r.digest for r in self.live.values()}
+            self._cells = {digest: n for digest, n in self._cells.items() if digest in known}
         for w in self.waiting:
             try:
                 queue.append(self._waiting(w))
@@ -239,14 +242,18 @@ class Engine:
         for one in joined:
             request = requests.pop(one.id)
             try:
+                caches = 1 if request.delta is None else self.library.find(request.delta).caches
                 held = None if request.delta is None else self.library.acquire(request.delta)
             except TunesmithError as error:
                 events.append(Event(request.id, reason="error", error=error))
                 continue
+            if held is not None and held.digest != one.delta:  # written anew since it was counted: count again
+                self.library.release(held)
+                requests[request.id] = request
+                continue
             if held is not None and ("delta", held.digest) not in self.pool.owners():
                 self.pool.take(("delta", held.digest), self._cells[held.digest])
             guide = None if request.rule is None else request.rule.start(request.stop)
-            caches = 1 if request.delta is None else self.library.find(request.delta).caches
             self.live[request.id] = _Live(request, held, self._shareable(held), guide, caches=caches)
         self.waiting = [w for w in self.waiting if w.id in requests]
         return events
