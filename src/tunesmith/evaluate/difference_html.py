@@ -19,6 +19,7 @@ from tunesmith.evaluate.svg import BAD, BASE, INK, SOFT, TUNED, WARN, svg
 _ROWS = 40
 _TEXTS = 24
 _LINES = 6
+_LEVELS = 24
 
 
 def page(found: Difference) -> str:
@@ -132,9 +133,14 @@ def _grid(rows: Sequence[Mapping[str, Any]], value: str, label: str) -> Callable
     top = max(means.values(), default=0.0)
 
     def draw(axes: Axes) -> None:
+        # In steps, as each size of dot is a path of its own in the file; not cut at the first and last depth.
+        steps: dict[tuple[int, bool], list[tuple[int, int]]] = {}
         for (role, depth), v in means.items():
-            size = 190 * (v / top) if top > 0 else 0.0
-            axes.scatter([depth], [roles.index(role)], s=[max(size, 2)], color=TUNED if v > 0 else BASE, linewidths=0)
+            level = max(1, round(_LEVELS * v / top)) if top > 0 else 1
+            steps.setdefault((level, v > 0), []).append((depth, roles.index(role)))
+        for (level, moved), at in steps.items():
+            axes.scatter(*zip(*at, strict=True), s=130 * level / _LEVELS, color=TUNED if moved else BASE, linewidths=0,
+                         clip_on=False)  # fmt: skip
         axes.set_yticks(range(len(roles)), roles)
         axes.set_ylim(len(roles) - 0.4, -0.6)
         axes.set_xlabel(f"depth; largest {label} {top:.3g}")
@@ -147,19 +153,35 @@ def _whole_numbers(axes: Axes, values: Sequence[int]) -> None:
     low, high = min(values, default=0), max(values, default=0)
     step = max(1, math.ceil((high - low + 1) / 8))
     axes.set_xticks(list(range(low, high + 1, step)))
-    axes.set_xlim(low - 0.6, high + 0.6)
+    room = max(0.6, 0.04 * (high - low))
+    axes.set_xlim(low - room, high + room)
 
 
 def _bars(names: Sequence[str], values: Sequence[float], label: str) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         axes.barh(range(len(names)), values, height=0.6, color=TUNED)
-        axes.set_yticks(range(len(names)), [n if len(n) <= 24 else f"...{n[-21:]}" for n in names])
+        axes.set_yticks(range(len(names)), _shortened(names))
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(label)
         axes.locator_params(axis="x", nbins=4)
 
     return draw
+
+
+def _shortened(names: Sequence[str], most: int = 24) -> list[str]:
+    """Module paths without the pieces that all begin with; one that is still long is cut at a dot."""
+    pieces = [n.split(".") for n in names]
+    shared = 0
+    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == pieces[0][shared] for p in pieces):
+        shared += 1
+    out = []
+    for p in pieces:
+        kept = p[shared:]
+        while len(kept) > 1 and len(".".join(kept)) > most:
+            kept = kept[1:]
+        out.append(".".join(kept)[-most:])
+    return out
 
 
 def _norms(f: Finding) -> Drawn:
@@ -195,7 +217,7 @@ def _localisation(f: Finding) -> Drawn:
 def _drift(f: Finding) -> Drawn:
     top = f.rows[:10]
     return [("the ten modules that moved most", _bars([r["module"] or "model" for r in top], [r["drift"] for r in top],
-                                                     "mean absolute change of an entry"))]  # fmt: skip
+                                                     "mean |change| of an entry"))]  # fmt: skip
 
 
 def _spectra(f: Finding) -> Drawn:
@@ -212,14 +234,16 @@ def _spectra(f: Finding) -> Drawn:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))  # matplotlib's own is mathematics markup
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.locator_params(axis="x", integer=True, nbins=8)
-        axes.set_xlabel("singular value of the change")
+        axes.set_xlabel("rank of the singular value")
+        axes.set_ylabel("of the change")
 
     first = turned[0]
 
     def weights(axes: Axes) -> None:
         for name, colour, width in (("before", BASE, 3.0), ("after", TUNED, 1.4)):
             axes.plot(range(1, len(first[name]) + 1), first[name], color=colour, linewidth=width, label=name)
-        axes.set_xlabel("singular value of the weight")
+        axes.set_xlabel("rank of the singular value")
+        axes.set_ylabel("of the weight")
         axes.set_ylim(bottom=0)
         axes.legend()
 
@@ -234,13 +258,13 @@ def _spectra(f: Finding) -> Drawn:
 def _intruders(f: Finding) -> Drawn:
     def matched(axes: Axes) -> None:
         for r in f.rows:
-            axes.plot(range(1, len(r["m"]) + 1), r["m"], color=BASE, linewidth=0.7, alpha=0.5)
+            axes.plot(range(1, len(r["m"]) + 1), r["m"], color=BASE, linewidth=1.0, alpha=0.7)
             bad = [(j + 1, r["m"][j]) for j in r["at"]]
             if bad:
                 axes.scatter(*zip(*bad, strict=True), s=12, color=BAD, linewidths=0, zorder=3)
         axes.axhline(f.facts["eps"], color=SOFT, linewidth=1, linestyle=(0, (4, 4)))
         axes.set_ylim(0, 1.05)
-        axes.set_xlabel("leading singular vector of the changed weight")
+        axes.set_xlabel("singular vector, after")
         axes.set_ylabel("best cosine to the base")
 
     grid = ("intruders, by depth and role", _grid(f.rows, "intruders", "mean count"))

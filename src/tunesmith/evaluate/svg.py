@@ -70,7 +70,8 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'(<[^<>]*?\s)id="', rf'\1id="{name}-', svg)
-    svg = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"|(<svg[^>]*?)\s+height="[^"]*"', lambda m: m.group(1) or m.group(2), svg)
+    for size in ("width", "height"):  # the page gives the width, the view box the shape
+        svg = re.sub(rf'(<svg[^>]*?)\s+{size}="[^"]*"', r"\1", svg, count=1)
     # Only in style attributes: text written by others must not change with the colours.
     for placeholder, variable in _VARIABLES.items():
         svg = re.sub(rf'(?<=: ){placeholder}(?=[;"])', f"var({variable})", svg)
