@@ -49,15 +49,15 @@ class Sizes:
     shifted: int = 300
     length: int = 24
     batch: int = 16
-    lr: float = 0.05
-    epochs: int = 15
+    rates: tuple[float, ...] = (0.3, 1.0)
+    epochs: int = 10
     share: float = 1e-4
     steps: int = 15
     flips: float = 5.0
     precision: str = "auto"
 
 
-TOY = Sizes(2, 6, 4, 12, 8, 6, 4, 0.5, 4, 0.01, 3, 2.0, "fp32")
+TOY = Sizes(2, 6, 4, 12, 8, 6, 4, (0.5, 1.0), 4, 0.01, 3, 2.0, "fp32")
 
 
 class WordModel(nn.Module):
@@ -150,7 +150,7 @@ class Words:
             found["agreement"] = 100 * float((said == reference).double().mean())
         return found, said
 
-    def fine_tuned(self, rows: States, seed: int) -> tuple[Delta, dict[str, float]]:
+    def fine_tuned(self, rows: States, seed: int, lr: float) -> tuple[Delta, dict[str, float]]:
         """Every weight and norm of the blocks after SGD, pass by pass until more than 95 % of the rows are right."""
         delta = Delta.create(self.base, methods.build("full", {}), seed=seed)
         moving = [t for part in delta.parts for _, _, t in part.items()]
@@ -161,7 +161,7 @@ class Words:
                 for k in range(0, len(order), self.sizes.batch):
                     value, n = self.loss(self.base, self.batch(rows, order[k : k + self.sizes.batch]))
                     for t, g in zip(moving, torch.autograd.grad(value / n, moving), strict=True):
-                        t.data.sub_(self.sizes.lr * g)
+                        t.data.sub_(lr * g)
             with self.base.using(delta):
                 right = self.accuracy(rows)
             passes += 1

@@ -74,7 +74,7 @@ def test_rows_of_a_seed_are_balanced_and_apart(words: Any, world: Any) -> None:
 def test_a_graft_of_all_entries_is_the_fine_tuned_model_and_of_none_the_base(words: Any, world: Any) -> None:
     digest = world.base.digest()
     learn, _ = world.drawn(0)
-    delta, facts = world.fine_tuned(learn, 0)
+    delta, facts = world.fine_tuned(learn, 0, 0.5)
     assert 1 <= facts["passes"] <= 4 and world.base.digest() == digest
     everything = words.baselines(delta, world.base, 1.0, 0)
     whole = world.only(delta, everything["largest movement"], "whole")
@@ -92,10 +92,10 @@ def test_one_step_of_sgd_is_the_gradient_times_the_rate(words: Any) -> None:
     import copy
     from dataclasses import replace
 
-    sizes = replace(words.TOY, batch=100, epochs=1, lr=0.3)
+    sizes = replace(words.TOY, batch=100, epochs=1)
     world = words.made(SimpleNamespace(smoke=True), "sst2", sizes)
     learn, _ = world.drawn(0)
-    delta, _ = world.fine_tuned(learn, 0)
+    delta, _ = world.fine_tuned(learn, 0, 0.3)
     model = copy.deepcopy(world.base.model)
     moving = {n: p.requires_grad_(True) for n, p in model.named_parameters()}
     inputs, y = world.batch(learn, range(len(learn)))
@@ -111,7 +111,7 @@ def test_the_rate_of_the_search_flips_about_as_many_entries_as_the_budget_has(wo
     from dataclasses import replace
 
     learn, dev = world.drawn(0)
-    delta, _ = world.fine_tuned(learn, 0)
+    delta, _ = world.fine_tuned(learn, 0, 0.5)
     some = replace(world, sizes=replace(world.sizes, steps=8, flips=4.0))
     curve = some.grafted(delta, learn, dev, 0).curve
     total = sum(t.numel() for part in delta.parts for _, _, t in part.items())
