@@ -103,7 +103,7 @@ def plan(model: str | Base, data: Any, *, method: Any = None, system: str | None
     tokens = round(sum(lengths) * steps / len(epoch))
     micro = config.micro_batch or config.batch_size
     parts = [batch[i : i + micro] for batch in epoch for i in range(0, len(batch), micro)]
-    speeds = measure()
+    speeds = measure(torch.get_num_threads())
     try:
         held, seconds, flops = _rehearsed(base, delta, task, parts, steps / len(epoch), config, speeds)
     except Exception as e:  # code that decides by values cannot be rehearsed; a plan by formula is better than none

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -45,8 +46,9 @@ SLOWER: dict[str, float] = {
 }  # fmt: skip
 
 
-def measure() -> Speeds:
-    """The speeds with the current number of threads. Other work on the machine makes them lower than they are."""
+@functools.cache
+def measure(threads: int) -> Speeds:
+    """The speeds with the current number of threads, measured once in a process. Other work on the machine lowers them."""
     product = {}
     for dtype in (torch.float32, torch.bfloat16):
         tried: dict[str, tuple[float, Callable[[], object]]] = {}
