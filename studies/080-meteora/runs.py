@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 import tunesmith as ts
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
+from tunesmith.core.features import features
 from tunesmith.core.gates import watched
 from tunesmith.core.objective import get_objective
 from tunesmith.study.worlds.language import StateTask, TopModel, below, toy_base
@@ -21,7 +23,7 @@ from tunesmith.train.loop import fit
 from tunesmith.train.modes import measuring
 from tunesmith.train.router import Nearest
 
-from .tasks import TASKS, Encoded, composites, encoded, splits
+from .tasks import IGNORED, TASKS, Encoded, composites, encoded, splits
 
 PRECISION = "auto"
 
@@ -33,13 +35,23 @@ class Set:
     rows: list[Encoded]
     states: list[Tensor]
 
-    def task(self, keep: Callable[[int], bool] = lambda i: True, objective: Any = None) -> GatedTask:
-        """The rows that `keep` as a training task."""
-        some = [i for i in range(len(self.rows)) if keep(i)]
+    def task(self, rows: Sequence[int] | None = None, objective: Any = None) -> GatedTask:
+        """Some of the rows (default: all) as a training task; a row may occur several times."""
+        some = range(len(self.rows)) if rows is None else rows
         return GatedTask(
             [self.states[i] for i in some], [self.rows[i].labels for i in some], objective or get_objective("sft")(),
             [self.rows[i].expert for i in some],
         )  # fmt: skip
+
+    def of(self, task: int) -> list[int]:
+        """The rows that begin with a task."""
+        return [i for i, r in enumerate(self.rows) if r.expert[0] == task]
+
+    def mixture(self) -> list[int]:
+        """As many rows of every task, those of short ones repeated."""
+        each = [self.of(t) for t in range(len(TASKS))]
+        most = max(map(len, each))
+        return [i for rows in each for i in itertools.islice(itertools.cycle(rows), most)]
 
 
 @dataclass
@@ -51,7 +63,7 @@ class GatedTask(StateTask):
     def batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
         made = super().batch(indices, epoch)
         if hasattr(self.objective, "c"):
-            made["experts"] = torch.full_like(made["labels"], -100)
+            made["experts"] = torch.full_like(made["labels"], IGNORED)
             for k, i in enumerate(indices):
                 made["experts"][k, : len(self.experts[i])] = torch.tensor(self.experts[i])
         return made
@@ -125,10 +137,10 @@ def lora(rank: int) -> Any:
 
 def adapters(w: World, rank: int, steps: int, batch: int, lr: float, seed: int) -> list[Delta]:
     """One delta for each task, on its training rows alone."""
-    made, rows = [], w.sets["train"].rows
+    made, train = [], w.sets["train"]
     for i, task in enumerate(TASKS):
         delta = Delta.create(w.base, lora(rank), name=task, seed=seed * 100 + i)
-        learn(w, delta, w.sets["train"].task(lambda k, i=i: rows[k].expert[0] == i), steps, batch, lr, seed)
+        learn(w, delta, train.task(train.of(i)), steps, batch, lr, seed)
         made.append(delta)
     return made
 
@@ -141,7 +153,8 @@ def learn(w: World, delta: Delta, task: Any, steps: int, batch: int, lr: float, 
 def gates(w: World, deltas: Sequence[Delta], c: float, steps: int, batch: int, lr: float, seed: int) -> Delta:
     """Gates over the deltas, trained on the mixture of all tasks."""
     delta = ts.route(w.base, deltas, top_k=2, name="gated", seed=seed)
-    learn(w, delta, w.sets["train"].task(objective=get_objective("routed")(c=c)), steps, batch, lr, seed)
+    train = w.sets["train"]
+    learn(w, delta, train.task(train.mixture(), get_objective("routed")(c=c)), steps, batch, lr, seed)
     return delta
 
 
@@ -165,13 +178,15 @@ def right(w: World, split: str, used: Callable[[int], Delta | None], batch: int 
             for start in range(0, len(rows), batch):
                 few = rows[start : start + batch]
                 given = task.batch(few, 0)
-                labels = given.pop("labels")
-                best = w.base.model(**given)["logits"].argmax(-1)
+                labels = given.pop("labels")[:, 1:]
+                keep = labels != IGNORED
+                best = w.base.model.lm_head(features(w.base, given)[:, :-1][keep]).argmax(-1)
+                hit = torch.ones_like(keep)
+                hit[keep] = best == labels[keep]
                 for k, i in enumerate(few):
-                    y = labels[k, 1 : len(task.labels[i])]
-                    hit = (best[k, : len(y)] == y) | (y == -100)
                     asked = torch.tensor(some.rows[i].question[1:])
-                    out[i] = [bool(hit[asked == q].all()) for q in range(int(asked.max()) + 1)]
+                    mine = hit[k, : len(asked)]
+                    out[i] = [bool(mine[asked == q].all()) for q in range(int(asked.max()) + 1)]
     return out
 
 
@@ -184,7 +199,7 @@ def gate_accuracy(w: World, delta: Delta, split: str = "test") -> dict[str, floa
             given = task.batch([i], 0)
             given.pop("labels")
             with watched() as seen:
-                w.base.model(**given)
+                features(w.base, given)
             n, own = len(task.labels[i]), task.experts[i][0]
             for path, g in seen.items():
                 hits.setdefault(path.split(".")[1], []).append(float((g[0, 1:n].argmax(-1) == own).float().mean()))

@@ -10,13 +10,14 @@ from tunesmith.study.spec import Context, Raw, Study, Verdict
 
 ARMS = ("oracle", "meteora k=2", "meteora k=1", "average", "nearest task", "multi-task")
 WEIGHTS = (1.0, 50.0)
+RATES = (2e-3, 1e-2)
 TEMPERATURES = (1.0, 15.0)
 
 RULE = """\
 Accuracies are in percent of whole answers. "Single" is the mean over the eight tasks of their test questions; "composite" is
 the mean over the questions of test prompts that ask three of different tasks. Four runs: two sets of deltas (rows, order and
-first values drawn anew) by two seeds of gates. The weight c of the gate loss and the temperature for composites are chosen on
-dev rows of the first run.
+first values drawn anew) by two seeds of gates. The weight c of the gate loss, the rate of the gates and the temperature for
+composites are chosen on dev rows of the first run.
 1. Single: "meteora k=2" - "oracle", in mean over the four runs, is at least -3 points.
 2. Composite: "meteora k=2" - "nearest task", each prompt's difference averaged over the runs, is above 0 by the 95% paired
 bootstrap interval over prompts.
@@ -27,22 +28,21 @@ bootstrap interval over prompts.
 
 @dataclass(frozen=True)
 class Sizes:
-    """Upper blocks that are adapted, ranks, steps of each kind of run, rates, and rows kept of each split and task."""
+    """Upper blocks that are adapted, rank, steps of each kind of run and rate of the deltas, and rows kept of each split and task."""
 
     blocks: int
     rank: int
     steps: int
     lr: float
     gate_steps: int
-    gate_lr: float
     multi_steps: int
     batch: int
     counts: dict[str, int]
 
 
-FULL = Sizes(6, 8, 60, 2e-3, 80, 1e-2, 160, 16,
-             {"train": 80, "dev": 12, "test": 30, "composite dev": 24, "composite test": 80})  # fmt: skip
-SMOKE = Sizes(1, 2, 2, 1e-2, 2, 1e-2, 2, 4, {"train": 3, "dev": 2, "test": 2, "composite dev": 2, "composite test": 3})
+FULL = Sizes(6, 8, 60, 3e-3, 80, 160, 16,
+             {"train": 160, "dev": 16, "test": 32, "composite dev": 24, "composite test": 80})  # fmt: skip
+SMOKE = Sizes(1, 2, 2, 1e-2, 2, 2, 4, {"train": 3, "dev": 2, "test": 2, "composite dev": 2, "composite test": 3})
 
 
 def run(ctx: Context) -> Raw:
@@ -87,7 +87,8 @@ def of_set(
     deltas = runs.adapters(w, sizes.rank, sizes.steps, sizes.batch, sizes.lr, which)
     log(f"set {which}: deltas trained")
     multi = Delta.create(w.base, runs.lora(sizes.rank * len(TASKS)), name="multi", seed=which)
-    runs.learn(w, multi, w.sets["train"].task(), sizes.multi_steps, sizes.batch, sizes.lr, which)
+    train = w.sets["train"]
+    runs.learn(w, multi, train.task(train.mixture()), sizes.multi_steps, sizes.batch, sizes.lr, which)
     mean = ts.merge(w.base, deltas, "linear")
 
     def own(split: str) -> Any:
@@ -113,8 +114,8 @@ def of_set(
     }  # fmt: skip
     log(f"set {which}: " + ", ".join(f"{a} {r['metric']:.0f}/{r['composite']:.0f}" for a, r in fixed.items()))
 
-    def gated(c: float, seed: int) -> Any:
-        return runs.gates(w, deltas, c, sizes.gate_steps, sizes.batch, sizes.gate_lr, 10 * which + seed % 2)
+    def gated(c: float, lr: float, seed: int) -> Any:
+        return runs.gates(w, deltas, c, sizes.gate_steps, sizes.batch, lr, 10 * which + seed % 2)
 
     def share(hits: list[list[bool]]) -> float:
         return 100 * sum(map(sum, hits)) / sum(map(len, hits))
@@ -122,16 +123,19 @@ def of_set(
     out: dict[str, Any] = {"arms": {arm: [] for arm in ARMS}, "gates": []}
     made: dict[int, Any] = {}
     if chosen is None:
-        trials = {c: gated(c, seeds[0]) for c in WEIGHTS}
-        scores = {c: share(runs.right(w, "dev", lambda i, g=g: g)) for c, g in trials.items()}
-        c = max(WEIGHTS, key=lambda c: scores[c])
-        made[seeds[0]] = trials[c]
-        warm = {T: reset(trials[c], temperature=T) for T in TEMPERATURES}
+        trials = {(c, lr): gated(c, lr, seeds[0]) for c in WEIGHTS for lr in RATES}
+        scores = {k: share(runs.right(w, "dev", lambda i, g=g: g)) for k, g in trials.items()}
+        best = max(trials, key=lambda k: scores[k])
+        made[seeds[0]] = trials[best]
+        warm = {T: reset(trials[best], temperature=T) for T in TEMPERATURES}
         heat = {T: share(runs.right(w, "composite dev", lambda i, g=g: g)) for T, g in warm.items()}
-        chosen = {"c": c, "T": max(TEMPERATURES, key=lambda T: heat[T])}
-        out["tuning"] = {"c": [[c, s] for c, s in scores.items()], "T": [[T, s] for T, s in heat.items()]}
+        chosen = {"c": best[0], "lr": best[1], "T": max(TEMPERATURES, key=lambda T: heat[T])}
+        out["tuning"] = {
+            "gates": [{"c": c, "lr": lr, "dev": s} for (c, lr), s in scores.items()],
+            "temperature": [{"T": T, "dev": s} for T, s in heat.items()],
+        }  # fmt: skip
     for seed in seeds:
-        g = made.get(seed) or gated(chosen["c"], seed)
+        g = made.get(seed) or gated(chosen["c"], chosen["lr"], seed)
         one, wide = reset(g, top_k=1), reset(g, temperature=chosen["T"])
         found = {**fixed, "meteora k=2": both(lambda i, g=g: g, lambda i, g=wide: g),
                  "meteora k=1": both(lambda i, g=one: g, lambda i, g=one: g)}  # fmt: skip
@@ -164,7 +168,8 @@ def verdict(raw: Raw) -> Verdict:
     statistics.update({f"composite, {arm}": mean(found) for arm, found in prompts.items()})
     blocks = sorted({b for g in raw["gates"] for b in g["accuracy"]}, key=int)
     statistics.update({f"gates right, block {b}": mean(g["accuracy"][b] for g in raw["gates"]) for b in blocks})
-    statistics.update({"c": raw["chosen"]["c"], "temperature for composites": raw["chosen"]["T"]})
+    statistics.update({"c": raw["chosen"]["c"], "rate of the gates": raw["chosen"]["lr"]})
+    statistics["temperature for composites"] = raw["chosen"]["T"]
     reasons = [
         f"single questions: gates {gap:+.1f} points from being told the task",
         f"composites: gates {test.difference:+.1f} [{test.low:+.1f}, {test.high:+.1f}] points from one delta for the text",
@@ -188,11 +193,13 @@ STUDY = Study(
     smoke_seeds=(0, 1),
     deviations=(
         "Deltas and gates lie in the upper 6 of the 30 blocks; the lower ones run once and their states are kept.",
-        "Deltas are trained 60 steps, gates 80 at a rate of 1e-2 (the paper: 15,000 at 5e-4), the multi-task LoRA of rank 64 160 "
+        "Deltas are trained 60 steps, gates 80 at the better of two rates (the paper: 15,000 at 5e-4), the multi-task LoRA of rank 64 160 "
         "steps on the mixture.",
         "Every question stands on a line of its own, then each is answered after a cue with the name of its task; cues are given, "
         "and in composites an answer is scored with the right ones before it.",
-        "The word lists are short; test words were seen by no delta of their task, but other tasks may have seen them.",
+        "Reverse, upper, vowels and first work on four letters that stand apart, sort on three digits: the model does not spell "
+        "its tokens. In a pilot upper case of whole words was learnt by heart and not generalised.",
+        "Questions of the test rows were seen by no delta of their task; the word lists of plural and opposite are short.",
         "Gates start with variance 1 / width instead of 1; deltas have no dropout.",
         "The temperature for composites is the better of 1 and the paper's 15 on dev rows of the first run.",
         "Answers right by greedy decoding are found without writing: every token of the answer is the likeliest one.",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight small tasks on words and digits, alone and three in one prompt: study 080."""
+"""Eight small tasks on letters, words and digits, alone and three in one prompt: study 080."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,22 +157,36 @@ def plural(word: str) -> str:
     return word[:-1] + "ies" if word.endswith("y") and word[-2] not in "aeiou" else word + "s"
 
 
+def letters(task: str, w: tuple[str, ...]) -> str:
+    """The answer of a task on four letters that stand apart, as a model of this size does not spell its tokens."""
+    return {
+        "reverse": " ".join(reversed(w)), "upper": " ".join(w).upper(), "first": w[0],
+        "vowels": str(sum(c in "aeiou" for c in w)),
+    }[task]  # fmt: skip
+
+
 def rows(task: str) -> list[list[Row]]:
     """All questions of a task, in groups that must not be split over train, dev and test."""
-    by_word = {
-        "reverse": lambda w: w[::-1], "upper": str.upper, "vowels": lambda w: str(sum(c in "aeiou" for c in w)),
-        "first": lambda w: w[0], "plural": plural,
-    }  # fmt: skip
-    if task in by_word:
-        return [[Row(task, w, by_word[task](w))] for w in dict.fromkeys(WORDS)]
+    if task in ("reverse", "upper", "vowels", "first"):
+        rng, words = random.Random(task), dict[tuple[str, ...], None]()
+        while len(words) < 270:
+            words[tuple(rng.choice("aeiou" if rng.random() < 0.4 else "bcdfghklmnprstvw") for _ in range(4))] = None
+        return [[Row(task, " ".join(w), letters(task, w))] for w in words]
+    if task == "plural":
+        return [[Row(task, w, plural(w))] for w in dict.fromkeys(WORDS)]
     if task == "sum":
         pairs = [(a, b) for a in range(10) for b in range(a, 10)]
         return [[Row(task, f"{x} {y}", str(a + b)) for x, y in dict.fromkeys([(a, b), (b, a)])] for a, b in pairs]
     if task == "sort":
-        rng, seen = random.Random("digits"), set()
-        while len(seen) < 120:
-            seen.add(tuple(sorted(rng.sample(range(10), 3))))
-        return [[Row(task, " ".join(map(str, rng.sample(d, 3))), " ".join(map(str, d)))] for d in sorted(seen)]
+        rng = random.Random("digits")
+        sets = list(itertools.combinations(range(10), 3))
+        return [
+            [
+                Row(task, " ".join(map(str, p)), " ".join(map(str, d)))
+                for p in rng.sample(list(itertools.permutations(d)), 2)
+            ]
+            for d in sets
+        ]
     pairs = [p.split() for p in OPPOSITES.split(",")]
     groups: list[set[str]] = []
     for pair in pairs:  # a word with two opposites keeps them together

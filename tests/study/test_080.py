@@ -47,14 +47,13 @@ def test_a_smoke_run_gives_every_arm_and_seed(study: Any, tmp_path: Path) -> Non
     for arm in study.arms:
         assert [r["seed"] for r in raw["arms"][arm]] == [0, 1]
         assert all(len(r["tasks"]) == 8 and len(r["prompts"]) == 3 for r in raw["arms"][arm])
-    assert {c for c, _ in raw["tuning"]["c"]} == {1.0, 50.0} and raw["chosen"]["T"] in (1.0, 15.0)
+    assert len({(t["c"], t["lr"]) for t in raw["tuning"]["gates"]}) == 4 and raw["chosen"]["T"] in (1.0, 15.0)
     assert [g["seed"] for g in raw["gates"]] == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("task", "question", "answer"),
     [
-        ("reverse", "river", "revir"), ("upper", "lemon", "LEMON"), ("vowels", "ocean", "3"), ("first", "queen", "q"),
         ("sum", "7 8", "15"), ("plural", "city", None), ("plural", "country", "countries"), ("plural", "leaf", "leaves"),
         ("plural", "monkey", "monkeys"), ("plural", "beach", "beaches"), ("opposite", "cold", "hot"),
     ],
@@ -62,8 +61,17 @@ def test_a_smoke_run_gives_every_arm_and_seed(study: Any, tmp_path: Path) -> Non
 def test_answers(tasks: Any, task: str, question: str, answer: str | None) -> None:
     found = {r.question: r.answer for group in tasks.rows(task) for r in group}
     assert found.get(question) == answer
+    for letters in ("reverse", "upper", "vowels", "first"):
+        made = [r for group in tasks.rows(letters) for r in group]
+        assert len(made) == 270 and all(len(r.question.split()) == 4 for r in made)
+        for r in made:
+            want = {
+                "reverse": r.question[::-1], "upper": r.question.upper(), "first": r.question[0],
+                "vowels": str(len([c for c in r.question if c in "aeiou"])),
+            }  # fmt: skip
+            assert r.answer == want[letters]
     sorts = [r for group in tasks.rows("sort") for r in group]
-    assert all(r.answer.split() == sorted(r.question.split()) for r in sorts) and len(sorts) == 120
+    assert all(r.answer.split() == sorted(r.question.split()) for r in sorts) and len(sorts) == 240
 
 
 def test_splits_share_no_question_and_test_is_one_for_all(tasks: Any) -> None:
@@ -96,6 +104,12 @@ def test_a_row_is_questions_then_cues_with_supervised_answers(tasks: Any) -> Non
     assert all(len({q.task for q in p}) == 3 for p in some)
 
 
+def test_a_mixture_has_as_many_rows_of_every_task(world: Any) -> None:
+    train = world.sets["train"]
+    rows = [train.rows[i].expert[0] for i in train.mixture()]
+    assert {rows.count(t) for t in range(8)} == {3} and train.of(2) == [6, 7, 8]
+
+
 def test_right_is_what_greedy_decoding_writes(runs: Any, world: Any, tasks: Any) -> None:
     use = runs.opened(True, 1)
     rows = world.sets["composite test"].rows
@@ -115,7 +129,7 @@ def test_right_is_what_greedy_decoding_writes(runs: Any, world: Any, tasks: Any)
 def ts_lora(runs: Any, world: Any) -> Any:
     """A delta that has learnt some of the composite answers by heart."""
     delta = runs.Delta.create(world.base, runs.lora(8), name="x", seed=0)
-    runs.learn(world, delta, world.sets["composite test"].task(lambda i: i < 2), 60, 2, 3e-2, 0)
+    runs.learn(world, delta, world.sets["composite test"].task([0, 1]), 60, 2, 3e-2, 0)
     return delta
 
 
@@ -142,7 +156,7 @@ def made_up(gap: float, over: float, spread: float = 3.0) -> dict[str, Any]:
         for r in arms["nearest task"]:
             r["prompts"][i] = row + spread * (i % 3 - 1)
     gates = [{"seed": s, "accuracy": {"0": 0.5, "1": 0.9}} for s in range(4)]
-    return {"arms": arms, "gates": gates, "chosen": {"c": 50.0, "T": 1.0}}
+    return {"arms": arms, "gates": gates, "chosen": {"c": 50.0, "lr": 0.01, "T": 1.0}}
 
 
 @pytest.mark.parametrize(
