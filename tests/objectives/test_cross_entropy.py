@@ -12,7 +12,7 @@ from tunesmith.core.delta import Delta
 from tunesmith.core.toys import toys
 from tunesmith.deltas import LoRA
 from tunesmith.objectives import SFT, cross_entropy
-from tunesmith.objectives.cross_entropy import frozen_head_loss, head_loss
+from tunesmith.objectives.cross_entropy import head_loss, weight_loss
 
 N, D, V = 7, 5, 11
 
@@ -44,7 +44,7 @@ def oracle(
 @pytest.mark.parametrize("bias", [False, True])
 def test_frozen_head_equals_cross_entropy(chunked: int, dtype: torch.dtype, tolerance: float, bias: bool) -> None:
     h, w, b, y = problem(dtype)
-    loss = frozen_head_loss(h, w, b if bias else None, y)
+    loss = weight_loss(h, w, b if bias else None, y)
     (grad,) = torch.autograd.grad(2.5 * loss, h)
     expected, slope = oracle(h, w, b if bias else None, y)
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
@@ -54,7 +54,22 @@ def test_frozen_head_equals_cross_entropy(chunked: int, dtype: torch.dtype, tole
 
 def test_frozen_head_agrees_with_finite_differences() -> None:
     h, w, b, y = problem(torch.float64)
-    assert torch.autograd.gradcheck(lambda x: frozen_head_loss(x, w, b, y), (h,))
+    assert torch.autograd.gradcheck(lambda x: weight_loss(x, w, b, y), (h,))
+
+
+@pytest.mark.parametrize("tile", [1, 33, 10_000])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_that_trains_gets_its_gradient(
+    chunked: int, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "TILE_ELEMENTS", tile)
+    h, w, b, y = problem(torch.float64)
+    leaves = (h, w.requires_grad_(), b.requires_grad_())[: 3 if bias else 2]
+    found = torch.autograd.grad(1.5 * weight_loss(h, w, b if bias else None, y), leaves)
+    plain = F.cross_entropy(F.linear(h, w, b if bias else None), y, reduction="sum")
+    torch.testing.assert_close(found, torch.autograd.grad(1.5 * plain, leaves), rtol=1e-10, atol=1e-12)
+    only = torch.autograd.grad(weight_loss(h.detach(), w, None, y), w)[0]
+    assert only.shape == w.shape
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -73,7 +88,7 @@ def test_no_supervised_row_is_a_loss_of_zero_with_a_gradient() -> None:
     h, w, _, y = problem(torch.float32)
     w.requires_grad_()
     for loss in (
-        frozen_head_loss(h[:0], w.detach(), None, y[:0]),
+        weight_loss(h[:0], w.detach(), None, y[:0]),
         head_loss(h[:0], lambda x: F.linear(x, w), y[:0], V),
     ):
         assert loss.item() == 0.0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunesmith.core import fused
-from tunesmith.core.algebra import apply_dense, wide
+from tunesmith.core.algebra import Dense, apply_dense, wide
 from tunesmith.core.delta import Part
 from tunesmith.core.errors import UsageError
 from tunesmith.core.method import CARRIERS
@@ -188,6 +188,9 @@ class _Weight:
         if site.held and not any("weight" in touched(a) for a in self.actions):
             return self.shifted(*args, **kwargs)
         old = site.params()
+        moved = moved_params(self.actions, old)
+        if moved is not None:
+            return call_with(site, {**old, **moved}, args, kwargs)
         new = folded(self.actions, old)
         change: Tensor | None = None
         if self.apart and "weight" in old and old["weight"].dtype in _NARROW:
@@ -210,6 +213,31 @@ class _Weight:
         y = self.original(*args, **kwargs)
         new = folded(self.actions, {} if bias is None else {"bias": bias})["bias"]
         return y + (new if bias is None else new - wide(bias)).to(y.dtype)
+
+
+def moved_params(actions: list[Action], old: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The parameters that a single part of plain differences changes, in the dtype of the base, or None.
+
+    A weight in half precision is rounded to its digits this way, which loses the smallest changes from the output. A
+    training step can bear that, as mixed precision everywhere does: the difference itself is in fp32. What is measured
+    without gradients is exact.
+    """
+    a = actions[0]
+    method = a.part.method
+    if (
+        len(actions) > 1
+        or a.carrier != "weight"
+        or not a.full
+        or not hasattr(method, "differences")
+        or fused.is_plain()
+    ):
+        return None
+    if "weight" in touched(a) and "weight" in old and old["weight"].dtype in _NARROW and not torch.is_grad_enabled():
+        return None
+    found = {n: u for n, u in method.differences(a.site, a.tensors).items() if n in old}
+    if any(n in a.site.module._buffers or not isinstance(u, Dense) or old[n].requires_grad for n, u in found.items()):
+        return None
+    return {n: fused.shifted(old[n], u.value) for n, u in found.items()}
 
 
 def touched(a: Action) -> tuple[str, ...]:

@@ -34,9 +34,14 @@ def plain() -> Iterator[None]:
         _PLAIN.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether the block asks for reference forms."""
+    return _PLAIN.get()
+
+
 def fits(module: Any, update: Update) -> bool:
     """Whether `beside` can stand for the layer and the change: a frozen `nn.Linear`, two factors and a number."""
-    if _PLAIN.get() or type(update) is not LowRank or len(update.shape) != 2 or isinstance(update.scale, Tensor):
+    if is_plain() or type(update) is not LowRank or len(update.shape) != 2 or isinstance(update.scale, Tensor):
         return False
     weight, bias = module.weight, module.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -47,6 +52,23 @@ def beside(x: Tensor, module: Any, update: LowRank) -> Tensor:
     """The output [..., out] of a frozen linear layer with a low-rank change, for x [..., in], in the dtype of the layer's own."""
     y: Tensor = _Beside.apply(x, module.weight, module.bias, update.A, update.B, update.scale)  # type: ignore[no-untyped-call]
     return y
+
+
+def shifted(old: Tensor, difference: Tensor) -> Tensor:
+    """A frozen tensor plus a difference of it that may train, in the dtype of the tensor; only the sum is made and kept."""
+    y: Tensor = _Shifted.apply(old, difference)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, old: Tensor, difference: Tensor) -> Tensor:
+        ctx.dtype = difference.dtype
+        return torch.add(old, difference).to(old.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0].to(ctx.dtype)
 
 
 class _Beside(torch.autograd.Function):

@@ -22,8 +22,8 @@ def _accumulator(h: Tensor) -> torch.dtype:
     return torch.float64 if h.dtype == torch.float64 else torch.float32
 
 
-class _FrozenHead(torch.autograd.Function):
-    """sum_i -log softmax(W h_i + b)[y_i] for a frozen head: the gradient of h is made in the forward pass.
+class _Head(torch.autograd.Function):
+    """sum_i -log softmax(W h_i + b)[y_i]: gradients are made in the forward pass, those of W and b where they train.
 
     A chunk of logits is one product in the dtype of the products; softmax runs over it in tiles of rows that fit in the
     processor's cache, in fp32 or wider, and leaves p - 1[y] in the place of the logits for the product back.
@@ -35,12 +35,16 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtypes = (h.dtype, weight.dtype, None if bias is None else bias.dtype)
         narrow, weight = h.detach().to(dtype), weight.detach().to(dtype)
         bias = None if bias is None else bias.detach().to(dtype)
         V = weight.shape[0]
         rows, short = max(1, min(elements // V, len(h))), max(1, tile // V)
-        need = ctx.needs_input_grad[0]
-        grad = torch.empty_like(narrow) if need else None
+        need = any(ctx.needs_input_grad[:3])
+        grad = torch.empty_like(narrow) if ctx.needs_input_grad[0] else None
+        # over the chunks in fp32 or wider
+        up = torch.zeros_like(weight, dtype=_accumulator(h)) if ctx.needs_input_grad[1] else None
+        shift = torch.zeros(V, dtype=_accumulator(h), device=h.device) if ctx.needs_input_grad[2] else None
         total = torch.zeros((), dtype=_accumulator(h), device=h.device)
         held = torch.empty(rows, V, dtype=dtype, device=h.device)  # [n, V]
         for i in range(0, len(h), rows):
@@ -55,15 +59,22 @@ class _FrozenHead(torch.autograd.Function):
                 total += _to_softmax(some, target, need)
             if grad is not None:
                 torch.mm(logits, weight, out=grad[i : i + rows])
-        if grad is not None:
-            ctx.save_for_backward(grad)
-            ctx.dtype = h.dtype
+            if up is not None:
+                up += logits.T @ part
+            if shift is not None:
+                shift += logits.sum(0, dtype=shift.dtype)
+        ctx.save_for_backward(*(g for g in (grad, up, shift) if g is not None))
+        ctx.dtypes = dtypes
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return (grad * outputs[0].to(grad.dtype)).to(ctx.dtype), None, None, None, None, None
+        saved = iter(ctx.saved_tensors)
+        found: list[Tensor | None] = []
+        for needed, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True):
+            g = next(saved) if needed else None
+            found.append(None if g is None else (g * outputs[0].to(g.dtype)).to(dtype))
+        return *found, None, None, None
 
 
 def _to_softmax(logits: Tensor, target: Tensor, need: bool) -> Tensor:
@@ -81,17 +92,17 @@ def _to_softmax(logits: Tensor, target: Tensor, need: bool) -> Tensor:
     return loss
 
 
-def frozen_head_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """Summed cross-entropy of hidden states h [N, d] under a head W [V, d] that takes no gradient, y [N].
+def weight_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Summed cross-entropy of hidden states h [N, d] under a head W [V, d] and b [V], frozen or trained, with labels y [N].
 
     Products run in the dtype of the head, or in autocast's; the rest in fp32 (fp64 for a base in fp64).
     """
     tile = TILE_ELEMENTS if h.device.type == "cpu" else CHUNK_ELEMENTS  # a GPU has no use for many small kernels
-    return _FrozenHead.apply(h, weight, bias, y, CHUNK_ELEMENTS, tile)
+    return _Head.apply(h, weight, bias, y, CHUNK_ELEMENTS, tile)
 
 
 def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], y: Tensor, width: int) -> Tensor:
-    """The same for a head that is itself adapted: each chunk of logits is recomputed in backward."""
+    """The same for a head that is adapted in any other way: each chunk of logits is recomputed in backward."""
     rows = max(1, CHUNK_ELEMENTS // width)
 
     def chunk(part: Tensor, target: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tunesmith.core.algebra import wide
 from tunesmith.core.apply import current
 from tunesmith.core.base import Base
+from tunesmith.core.carriers import moved_params
 from tunesmith.core.features import features
 from tunesmith.core.objective import objective
 from tunesmith.core.trace import primary
-from tunesmith.objectives.cross_entropy import frozen_head_loss, head_loss
+from tunesmith.objectives.cross_entropy import head_loss, weight_loss
 
 IGNORED = -100
 
@@ -49,10 +50,13 @@ class SFT:
             return _plain(logits, labels, keep)
         hidden = features(base, inputs)[:, :-1][keep]  # [N, d]
         app = current(base)
-        if app is None or head.path not in app.plan:
-            weight, bias = head.module.weight, head.module.bias
-            if not weight.requires_grad:
-                return frozen_head_loss(hidden, weight, bias, labels[keep])
+        if not (head.held or head.transposed):
+            own = {n: p for n, p in head.module._parameters.items() if p is not None}
+            actions = app.plan.get(head.path) if app is not None else None
+            moved = moved_params(actions, own) if actions else {}
+            if moved is not None:  # nothing acts on the head, or plain differences of its weight and bias do
+                own.update(moved)
+                return weight_loss(hidden, own["weight"], own.get("bias"), labels[keep])
         return head_loss(hidden, head.module, labels[keep], head.shape[0])
 
 

@@ -30,7 +30,7 @@ class Guard:
     def __init__(self, base: Base, delta: Delta, *, moving: bool = True, all_move: bool = True) -> None:
         self.base, self.delta, self.moving, self.all_move = base, delta, moving, all_move
         self.done = 0
-        self.start = {k: t.detach().clone() for k, t in delta.items()}
+        self.start = {k: checksum(t) for k, t in delta.items()}
         # What a method keeps beside its parameters and writes itself: running statistics, masks, scores.
         self.own = {*STATISTICS, *(n for p in delta.parts if hasattr(p.method, "books") for n in p.method.books())}
         self.frozen = self._base()
@@ -44,7 +44,7 @@ class Guard:
         if not self.start or not finite:
             return
         self.done += 1
-        moved = {k for k, t in self.delta.items() if k not in self.start or not torch.equal(t, self.start[k])}
+        moved = {k for k, t in self.delta.items() if self.start.get(k) != checksum(t)}
         trains = {k for k, t in self.delta.items() if t.requires_grad and t.numel()}
         if self.done == 1:
             self.base_unchanged()
