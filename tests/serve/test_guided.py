@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from serve_cases import moved, tiny_llama
+from serve_http import Served, asked
 
 from tunesmith.core.base import Base
 from tunesmith.core.decoding import Decoder, digest
@@ -148,6 +149,28 @@ def test_a_model_of_another_base_is_opened_by_name(llama: Base, large: Base, tmp
 
     made = guided.read(tmp_path / "up" / guided.FILE, Library(llama, budget=1 << 30), opened)
     assert asked == ["big"] and digest(made) == digest(combine(llama, [(1.0, (large, delta), large)]))
+
+
+def test_they_are_models_of_the_api(base: Base, tmp_path: Path) -> None:
+    delta = moved(base, LoRA(rank=2), seed=3, name="d")
+    delta.save(tmp_path / "d")
+    (tmp_path / "guarded").mkdir()
+    spec = {"format": guided.FORMAT, "kind": "handoff", "tuned": {"delta": "d"}, "k": 4}
+    (tmp_path / "guarded" / guided.FILE).write_text(json.dumps(spec))
+    served = Served(base, tmp_path)
+    try:
+        found: Any = {m.id: m for m in served.client().models.list()}["guarded"]
+        assert found.methods == ["handoff"] and found.fingerprint == digest(handoff(base, delta, 4))
+        text = asked(served.client(), "guarded").choices[0].message.content
+        pieces = asked(served.client(), "guarded", stream=True)
+        assert "".join(c.choices[0].delta.content or "" for c in pieces if c.choices) == text
+        messages = [{"role": "user", "content": "hello there"}]
+        ids = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        new = dict(generate(handoff(base, delta, 4), [ids], max_new_tokens=12, stop_ids=[]))[0]
+        assert text == base.tokenizer.decode(new, skip_special_tokens=True)
+        assert text != asked(served.client(), "d").choices[0].message.content and served.settled()
+    finally:
+        served.close()
 
 
 def test_digests_tell_decoders_apart(llama: Base) -> None:
