@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Fingerprint:
     def short(self) -> str:
         return self.digest[:12]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         body = json.dumps(
             [self.config, self.quantisation, sorted((k, list(v[0]), v[1]) for k, v in self.tensors.items())]

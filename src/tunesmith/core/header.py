@@ -77,24 +77,32 @@ def strict_json(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(root, dict):
         raise DeltaError(f"holds a {type(root).__name__} where an object belongs", where=where)
     _check_depth(root, where)
+    if b"\\u" in data:  # in valid UTF-8 only an escape can make half a pair
+        _check_text(root, where)
     return root
 
 
 def _check_depth(root: Any, where: str) -> None:
-    """Refuse deep nesting and text that is no Unicode, level by level."""
+    """Refuse deep nesting, level by level."""
     level, depth = [root], 0
     while level:
         depth += 1
         if depth > DEPTH_LIMIT:
             raise DeltaError(f"nested deeper than {DEPTH_LIMIT} levels", where=where)
-        below: list[Any] = []
-        for value in level:
-            texts = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
-            for text in texts:
-                if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                    raise DeltaError("holds text that is not Unicode (a lone surrogate)", where=where)
-            below.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
-        level = below
+        members = (m for v in level for m in (v.values() if type(v) is dict else v))
+        level = [m for m in members if type(m) is dict or type(m) is list]
+
+
+def _check_text(root: Any, where: str) -> None:
+    """Refuse text that is no Unicode, in keys and values."""
+    below = [root]
+    while below:
+        value = below.pop()
+        if isinstance(value, dict | list):
+            below += value
+            below += value.values() if isinstance(value, dict) else ()
+        elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise DeltaError("holds text that is not Unicode (a lone surrogate)", where=where)
 
 
 def plain(value: Any, where: str, *, lossy: bool = False) -> Any:

@@ -438,11 +438,12 @@ def _stored(head: Mapping[str, Any], place: Path) -> Iterator[tuple[str, Tensor]
 
 def _fill(head: Mapping[str, Any], place: Path, parts: list[Part], base: Base | None) -> None:
     by_name = {p.name: p for p in parts}
+    device = None if base is None else base.device
     for key, value in _stored(head, place):
         part, path, name = header.split_key(key)
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise DeltaError("holds NaN or infinity", where=f"{place / TENSORS}: {key}")
-        moved = value if base is None else value.to(base.device)
+        moved = value if device is None else value.to(device)
         by_name[part].put(path, name, moved, trainable=head["tensors"][key]["trainable"])
 
 
