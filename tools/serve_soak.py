@@ -93,10 +93,18 @@ class Soak:
             await asyncio.to_thread(
                 lambda n=name, s=i: moved(self.write.base, LoRA(rank=1 + s % 4), seed=s, name=n).save(self.root / n)
             )
-            await client.post(f"{self.write.url}/admin/pin/{name}", json={"on": bool(i % 2)}, headers=headers)
-            await client.post(f"{self.write.url}/admin/deltas", json={"name": "guest", "folder": "d7"}, headers=headers)
-            await asyncio.sleep(0.3)
-            await client.delete(f"{self.write.url}/admin/deltas/guest", headers=headers)
+            for method, path, body in (
+                ("POST", f"/admin/pin/{name}", {"on": bool(i % 2)}),
+                ("POST", "/admin/deltas", {"name": "guest", "folder": "d7"}),
+                ("DELETE", "/admin/deltas/guest", None),
+            ):
+                try:
+                    answer = await client.request(method, self.write.url + path, json=body, headers=headers)
+                    if answer.status_code >= 300:
+                        self.wrong.append(f"{path}: {answer.text}")
+                except httpx.HTTPError as error:
+                    self.wrong.append(f"{path}: {error!r}")
+                await asyncio.sleep(0.1)
 
 
 def sample(soak: Soak, began: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tunesmith.serve.api import create
 from tunesmith.serve.encoder import Encoder
 from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.listen import KEEP
 from tunesmith.serve.worker import Worker
 
 
@@ -32,7 +33,9 @@ class Served:
         engine = Engine(base, self.library, **{"cells": 6000, **settings}) if writes else None
         self.worker = Worker(engine, Encoder(base, self.library), queue=queue)
         app = create(base, self.worker, access=access, root=root, body_limit=20_000)
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_keep_alive=KEEP)
+        )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         until = time.monotonic() + 20

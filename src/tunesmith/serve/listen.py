@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from tunesmith.serve.worker import Worker
 
+KEEP = 75  # seconds a connection may idle: longer than clients keep one, so that it is not closed as they use it again
 LAST_WORDS = 5  # seconds for callers to read how their request ended
 
 
@@ -41,6 +42,12 @@ class Listener(uvicorn.Server):
 def listener(app: FastAPI, worker: Worker, host: str, port: int, drain: float) -> Listener:
     """The server for an application; `run` blocks until it has ended."""
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=LAST_WORDS
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=False,
+        timeout_keep_alive=KEEP,
+        timeout_graceful_shutdown=LAST_WORDS,
     )
     return Listener(config, worker, drain)
