@@ -83,7 +83,7 @@ def step(engine: Engine, clock: Clock, asked: dict[str, Ask], out: Served) -> No
             out.tokens += 1
             out.waits.setdefault(event.id, clock.now() - asked[event.id].arrived)
     out.rows.append(len(engine.live) + ended)
-    out.cells = max(out.cells, engine.pool.used)
+    out.cells = max(out.cells, engine.pool.cells - engine.free)
 
 
 def all_at_once(engine: Engine, asks: Sequence[Ask], name: Callable[[Ask], str | None]) -> Served:

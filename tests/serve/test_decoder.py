@@ -16,9 +16,11 @@ from tunesmith.core.delta import Delta
 from tunesmith.core.errors import UsageError
 from tunesmith.core.toys import toys
 from tunesmith.deltas import IA3, SSF, BitFit, Bone, DoRA, Full, LoRA, NormTuning, SHiRA
+from tunesmith.serve import decoder as module
 from tunesmith.serve.cache import Cache, Span
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.mixed import Mixture, resident
+from tunesmith.serve.products import FORMS
 
 
 def want(base: Base, ids: list[int], delta: Delta | None) -> Tensor:
@@ -27,7 +29,7 @@ def want(base: Base, ids: list[int], delta: Delta | None) -> Tensor:
 
 
 def caches(d: Decoder, cells: int) -> Cache:
-    return Cache(len(d.layers), cells, d.kv_heads * d.head_dim, torch.float32, torch.device("cpu"))
+    return d.cache(cells)
 
 
 def tokens(n: int, seed: int) -> list[int]:
@@ -139,3 +141,28 @@ def test_rows_of_one_delta_share_its_factors_and_longer_spans_stay_right(llama: 
 def test_spans_must_agree_with_their_cells() -> None:
     with pytest.raises(UsageError, match="3 cells for 1 cached and 1 new"):
         Span(torch.arange(3), 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_products_is_proved(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "choose", lambda layers: form)
+    base = tiny_llama(attention_bias=True, mlp_bias=True)
+    base.model.to(dtype)
+    if form == "packed" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch packs nothing")
+    assert Decoder.find(base).form == form
+
+
+def test_a_change_of_the_head_reaches_a_row_whose_prompt_was_long(llama: Base) -> None:
+    from tunesmith.serve.stacks import Stacks
+
+    base = tiny_llama(tie_word_embeddings=False)
+    d, delta = Decoder.find(base), moved(base, LoRA(rank=2, targets="head"))
+    r, ids = resident(base, delta), tokens(9, 4)
+    stacks = Stacks(d.groups)  # nothing was settled: the prompt is long, its last token alone asks for logits
+    with torch.no_grad():
+        h = d(torch.tensor(ids), d.cache(9).view([Span(torch.arange(9), 0, 9)]), Mixture([(r, 0, 9)], stacks))
+        z = d.logits(h[-1:], Mixture([(r, 0, 1)], stacks))
+    assert torch.allclose(z[0], want(base, ids, delta)[-1], atol=2e-4)
+    assert not torch.allclose(z[0], want(base, ids, None)[-1], atol=1e-2)

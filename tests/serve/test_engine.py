@@ -116,7 +116,7 @@ def test_nothing_overflows_and_nothing_leaks(llama: Base, policy: str) -> None:
                 ends[event.id] = event.reason
         e.pool.check()
     assert set(ends) == {r.id for r in requests} and set(ends.values()) == {"length"}
-    assert e.pool.free == 120 and not e.library._users
+    assert e.free == 120 and not e.library._users
     for r in requests[:6]:
         assert answers[r.id] == engine(llama, deltas).generate([r])[r.id]
 
@@ -130,7 +130,7 @@ def test_a_cancelled_request_frees_its_cells_and_disturbs_nobody(llama: Base) ->
     while not e.idle:
         events += e.step()
     e.pool.check()
-    assert e.pool.free == e.pool.cells
+    assert e.free == e.pool.cells
     kept = [x.chosen.token for x in events if x.id == "keep" and x.chosen]
     assert kept == written_by_transformers(llama, ask("keep").prompt, 6)
 
@@ -193,7 +193,7 @@ def test_a_delta_written_anew_takes_effect_for_the_next_request_only(llama: Base
     got = {i: [x.chosen.token for x in events if x.id == i and x.chosen] for i in ("before", "after")}
     assert got["before"] == written_by_transformers(llama, ask("x").prompt, 8, old)
     assert got["after"] == written_by_transformers(llama, ask("x").prompt, 8, new)
-    assert e.pool.free == e.pool.cells
+    assert e.free == e.pool.cells
 
 
 def test_what_must_not_be_served_is_refused_with_the_reason(llama: Base, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_what_must_not_be_served_is_refused_with_the_reason(llama: Base, tmp_pat
     while not e.idle:
         ends.update({x.id: x for x in e.step() if x.reason})
     assert {k: x.reason for k, x in ends.items()} == {"a": "error", "b": "error"}
-    assert isinstance(ends["a"].error, DeltaError) and e.pool.free == e.pool.cells
+    assert isinstance(ends["a"].error, DeltaError) and e.free == e.pool.cells
 
 
 def test_a_delta_removed_while_in_use_finishes_and_is_gone(llama: Base) -> None:
@@ -243,7 +243,7 @@ def test_what_would_be_late_is_given_up_and_the_rest_is_served(llama: Base) -> N
         now[0] += 2.5
     # four at once are more than can join, so the newest goes first; when it is done the others would be late
     assert [i for i, why in ends.items() if why == "length"] == ["3"]
-    assert all("too late" in ends[i] for i in "012") and e.pool.free == e.pool.cells
+    assert all("too late" in ends[i] for i in "012") and e.free == e.pool.cells
 
 
 def test_a_removed_delta_in_the_queue_does_not_stop_other_requests(llama: Base) -> None:

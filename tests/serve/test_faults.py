@@ -76,7 +76,7 @@ def test_a_delta_damaged_on_disk_is_refused_and_mended(base: Base, shelf: Path, 
         shutil.rmtree(shelf / "d0")
         moved(base, LoRA(rank=2), seed=0, name="d0").save(shelf / "d0")
         alone = Engine(base, made.library, cells=6000)
-        assert said(made.client(), "d0") and alone.pool.free == 6000
+        assert said(made.client(), "d0") and alone.free == 6000
     finally:
         made.close()
 
@@ -279,7 +279,7 @@ def test_an_order_whose_giver_left_does_not_stop_the_engine(base: Base) -> None:
         return len(events) if all(isinstance(f, asyncio.CancelledError) for f in found) else -1
 
     assert asyncio.run(leave()) == 5
-    assert worker.alive and worker.idle and worker.engine is not None and worker.engine.pool.free == 500
+    assert worker.alive and worker.idle and worker.engine is not None and worker.engine.free == 500
     worker.stop()
 
 

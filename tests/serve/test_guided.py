@@ -63,7 +63,7 @@ def test_their_rows_stand_beside_ordinary_ones(llama: Base, large: Base) -> None
         else:
             assert together[r.id] == Engine(llama, lib, cells=4000).generate([r])[r.id]
     e.pool.check()
-    assert e.pool.free == e.pool.cells and len({tuple(t) for t in together.values()}) > 8
+    assert e.free == e.pool.cells and len({tuple(t) for t in together.values()}) > 8
     assert lib.find("up").caches == 4, "the large model has twice the layers"
     with pytest.raises(UsageError, match="is taken"):
         lib.guide(decoders["up"], "a")
@@ -87,7 +87,7 @@ def test_cells_suffice_and_come_back(llama: Base) -> None:
             if event.chosen is not None:
                 answers[event.id].append(event.chosen.token)
         e.pool.check()
-    assert e.pool.free == 70 and all(len(answers[r.id]) == r.new for r in requests)
+    assert e.free == 70 and all(len(answers[r.id]) == r.new for r in requests)
     with pytest.raises(TunesmithError, match="do not fit into 70 cells"):
         e.submit(ask("x", "more", 20, 30))
 
@@ -104,7 +104,7 @@ def test_settings_and_ends_are_the_requests_own(llama: Base) -> None:
     e = Engine(llama, lib, cells=900)
     e.submit(ask("gone", "more", new=50))
     e.step()
-    assert e.cancel("gone") and e.pool.free == 900
+    assert e.cancel("gone") and e.free == 900
 
 
 def test_they_are_read_from_files_beside_the_deltas(llama: Base, tmp_path: Path) -> None:

@@ -73,3 +73,13 @@ def test_rows_wider_than_a_cell_take_several() -> None:
     shapes = [(8, 576, 576), (8, 576, 192), (8, 576, 192), (8, 576, 576)]
     assert lora_cells(shapes, width=192) == 4 * 8 * 3
     assert cells_for([(2, 193), (1, 192)], width=192) == 5
+
+
+def test_one_cell_for_each_owner() -> None:
+    pool = Pool(5)
+    pool.take("a", 2)
+    assert pool.take_each(["b", "a", "c"]).tolist() == [2, 3, 4]
+    assert pool.of("a").tolist() == [0, 1, 3] and pool.take_each([]).tolist() == []
+    with pytest.raises(ResourceError, match="1 cells were asked for and 0 of 5"):
+        pool.take_each(["d"])
+    pool.check()

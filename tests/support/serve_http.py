@@ -56,7 +56,7 @@ class Served:
         until = time.monotonic() + 10
         while time.monotonic() < until:
             engine = self.worker.engine
-            if self.worker.idle and (engine is None or engine.pool.free == engine.pool.cells):
+            if self.worker.idle and (engine is None or engine.free == engine.pool.cells):
                 return True
             time.sleep(0.02)
         return False

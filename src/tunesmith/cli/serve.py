@@ -203,5 +203,5 @@ def _run(
         out.print(rows)
 
     data = {"requests": c.requests, "tokens": c.tokens, "prompt_tokens": c.prompt_tokens, "ends": c.ends}
-    left = "" if engine is None else f"; cells free {engine.pool.free}/{cells_}"
+    left = "" if engine is None else f"; cells free {engine.free}/{cells_}"
     return Result(data, f"served {c.requests} requests, {c.tokens} tokens{left}", view)

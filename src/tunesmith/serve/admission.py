@@ -18,18 +18,22 @@ POLICIES = ("fcfs", "cluster", "fair")
 
 @dataclass(frozen=True)
 class Waiting:
-    """A request in the queue: prompt tokens, the most it may generate, its delta (None: the base), arrival in seconds."""
+    """A request in the queue: prompt tokens, the most it may generate, its delta (None: the base), arrival in seconds.
+
+    `shared` of the prompt's tokens lie in cells that running requests read as well.
+    """
 
     id: str
     prompt: int
     new: int
     delta: str | None = None
     arrived: float = 0.0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
 class Running:
-    """A request in the batch: tokens in the cache, tokens it may still generate."""
+    """A request in the batch: tokens in cells of its own, tokens it may still generate."""
 
     id: str
     used: int
@@ -76,11 +80,15 @@ class Limits:
 
 @dataclass
 class Batch:
-    """The requests that run and those that join, while candidates are tried one by one."""
+    """The requests that run and those that join, while candidates are tried one by one.
+
+    `held` cells are read by running requests in common and belong to none of them.
+    """
 
     limits: Limits
     sizes: Mapping[str, int]
     running: Sequence[Running] = ()
+    held: int = 0
     joined: list[Waiting] = field(default_factory=list)
 
     def deltas(self) -> set[str]:
@@ -88,10 +96,12 @@ class Batch:
 
     def fits(self, one: Waiting) -> bool:
         """Whether `one` may join as well. A pure test: a refusal leaves no trace."""
-        requests = [(r.used, r.left) for r in self.running] + [(w.prompt, w.new) for w in (*self.joined, one)]
+        requests = [(r.used, r.left) for r in self.running] + [
+            (w.prompt - w.shared, w.new) for w in (*self.joined, one)
+        ]
         deltas = self.deltas() | ({one.delta} if one.delta is not None else set())
-        room = self.limits.cells - sum(self.sizes[d] for d in deltas)
-        joining = one.prompt + sum(w.prompt for w in self.joined)
+        room = self.limits.cells - self.held - sum(self.sizes[d] for d in deltas)
+        joining = sum(w.prompt - w.shared for w in (*self.joined, one))
         alone = not self.joined  # a prompt longer than the limit is read by itself, or it would wait for ever
         return (
             len(requests) <= self.limits.requests
@@ -113,6 +123,7 @@ def admit(
     *,
     policy: str = "fcfs",
     counters: Counters | None = None,
+    held: int = 0,
 ) -> list[Waiting]:
     """The requests that join the batch now, in the order they do.
 
@@ -121,9 +132,10 @@ def admit(
         policy: "fcfs" takes them in the order of the queue and stops at the first that does not fit; "cluster" first
             those whose delta is in the batch, once `limits.deltas` are; "fair" always from the delta with the smallest
             counter (`counters`, which are charged for what joins).
+        held: cells that running requests read in common.
     Raises UsageError for an unknown policy.
     """
-    batch = Batch(limits, sizes, running)
+    batch = Batch(limits, sizes, running, held)
     if policy == "fair":
         if counters is None:
             raise UsageError("the fair policy needs its counters", where="counters")

@@ -11,11 +11,11 @@ Not thread-safe: one thread steps it.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +25,19 @@ from tunesmith.core.decoding import Joint
 from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
 from tunesmith.core.trace import primary
 from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit
-from tunesmith.serve.cache import Cache, Span
+from tunesmith.serve.cache import Span
 from tunesmith.serve.constrain import Guide, Rule
 from tunesmith.serve.decoder import Decoder
+from tunesmith.serve.dominant import Dominant, Merged
 from tunesmith.serve.library import Library
-from tunesmith.serve.mixed import Mixture, Resident
+from tunesmith.serve.mixed import Mixture, Resident, few
+from tunesmith.serve.pages import Page, Pages
 from tunesmith.serve.pool import Pool
-from tunesmith.serve.sampling import Chosen, Row, Sampling, choose
+from tunesmith.serve.sampling import Chosen, Row, Sampling, choose_each
+from tunesmith.serve.stacks import Stacks
 
+GREEDY = Sampling(temperature=0)
+LOOK_AHEAD = 16  # waiting requests whose deltas are read before they join
 KEPT = 4  # layouts whose stacked factors are kept between steps
 REASONS = ("stop", "length", "cancelled", "error")
 
@@ -73,10 +78,29 @@ class _Live:
     cached: int = 0
     caches: int = 1  # cells that a token takes
     joint: Joint | None = None
+    pages: list[Page] = field(default_factory=list)  # of its first tokens, shared with whoever begins alike
+    cells: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # of its tokens, in their order
 
     @property
     def tokens(self) -> list[int]:
         return [*self.request.prompt, *self.answer]
+
+    def next(self, n: int) -> list[int]:
+        """The next `n` tokens that are not in the cache yet."""
+        read = len(self.request.prompt)
+        if self.cached >= read:
+            return self.answer[self.cached - read : self.cached - read + n]
+        return self.tokens[self.cached : self.cached + n]
+
+    def grow(self, cells: Tensor) -> None:
+        """Put the cells of the next tokens behind those it has, in a buffer that is as long as it can get."""
+        if not len(self.cells):
+            self.cells = torch.empty(len(self.request.prompt) + self.request.new, dtype=torch.int64)
+        self.cells[self.cached : self.cached + len(cells)] = cells
+
+    def alone(self, size: int) -> int:
+        """Its tokens that lie in no page of `size`."""
+        return len(self.request.prompt) + len(self.answer) - size * len(self.pages)
 
     @property
     def digest(self) -> str | None:
@@ -98,6 +122,8 @@ class Engine:
         policy: who joins first, see `admission.admit`.
         first_token: seconds within which the first token must come; a request that would miss them is given up at once,
             and under overload the newest are served first (see `admission.EarlyAbort`). None: nobody is given up.
+        prefixes: keep what was read in pages that later requests with the same delta and beginning need not read again.
+        dominant: share of the tokens from which on a delta is merged for a while (`dominant`; fp32 bases); None: never.
         clock: the time in seconds that `Request.arrived` is told in.
     """
 
@@ -111,13 +137,16 @@ class Engine:
         chunk: int = 256,
         policy: str = "fcfs",
         first_token: float | None = None,
+        prefixes: bool = True,
+        dominant: float | None = 0.75,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if chunk < 1:
             raise UsageError(f"must be at least 1, got {chunk}", where="chunk")
         self.base, self.library, self.chunk, self.policy = base, library, chunk, policy
         self.limits = Limits(cells, requests)
-        self.pool, self.counters = Pool(cells), Counters()
+        self.pool, self.counters, self.prefixes = Pool(cells), Counters(), prefixes
+        self.pages = Pages(self.pool)
         self.abort = None if first_token is None else EarlyAbort(first_token)
         self.clock = clock
         self._arrived = self._seen = self._admitted = 0
@@ -134,10 +163,14 @@ class Engine:
         if self.decoder is not None:
             d = self.decoder
             width = len(d.layers) * 2 * d.kv_heads * d.head_dim
-            self.cache = Cache(len(d.layers), cells, d.kv_heads * d.head_dim, base.dtype, base.device)
+            self.cache = d.cache(cells)
+            self.stacks = Stacks(d.groups)
+            wide = base.dtype in (torch.float32, torch.float64)
+            self.dominant = Dominant(d, share=dominant) if wide and dominant is not None else None
+            self._merged: Merged | None = None
         self._numbers = width  # in a cell, over both buffers and all layers
         self._cells: dict[str, int] = {}  # of deltas, by digest
-        self._mixtures: OrderedDict[tuple[tuple[int, int, int], ...], Mixture] = OrderedDict()
+        self._mixtures: OrderedDict[tuple[Any, ...], Mixture] = OrderedDict()
         self.vocabulary = int(getattr(config, "vocab_size", None) or 1 << 60)
 
     def submit(self, request: Request) -> None:
@@ -158,8 +191,8 @@ class Engine:
                 f"{n} + {request.new} tokens and their delta do not fit into {self.limits.cells} cells", where=request.id,
                 hint="ask for fewer tokens, or start the server with more cells",
             )  # fmt: skip
-        known = {name: entry.digest for name, entry in self.library.entries.items()}
-        waiting = {None if w.delta is None else known.get(w.delta, "") for w in self.waiting}
+        known = self.library.entries
+        waiting = {None if w.delta is None else known[w.delta].digest if w.delta in known else "" for w in self.waiting}
         if one.delta not in waiting:
             self.counters.arrived(one.delta, waiting - {""})  # a delta that was removed has no turn any more
         self.waiting.append(request)
@@ -181,6 +214,11 @@ class Engine:
     def queued(self) -> list[str]:
         """Requests that wait."""
         return [w.id for w in self.waiting]
+
+    @property
+    def free(self) -> int:
+        """Cells that a request may have: free ones, and those of cached prefixes nobody reads."""
+        return self.pool.free + self.pages.unused
 
     @property
     def idle(self) -> bool:
@@ -214,7 +252,8 @@ class Engine:
 
     def _join(self) -> list[Event]:
         # Tokens that are known but not read yet count as read: a prompt may be read faster than a token a step.
-        running = [Running(r.request.id, *_worst(len(r.tokens), r.request.new - len(r.answer), r.caches), r.digest)
+        size = self.pages.size
+        running = [Running(r.request.id, *_worst(r.alone(size), r.request.new - len(r.answer), r.caches), r.digest)
                    for r in self.live.values()]  # fmt: skip
         events: list[Event] = []
         requests, queue = {w.id: w for w in self.waiting}, []
@@ -237,7 +276,9 @@ class Engine:
                 )
                 events.append(Event(one.id, reason="error", error=error))
                 del requests[one.id]
-        joined = admit(queue, running, self.limits, self._cells, policy=self.policy, counters=self.counters)
+        joined = admit(
+            queue, running, self.limits, self._cells, policy=self.policy, counters=self.counters, held=self.pages.in_use
+        )
         self._admitted = len(joined)
         for one in joined:
             request = requests.pop(one.id)
@@ -252,21 +293,39 @@ class Engine:
                 requests[request.id] = request
                 continue
             if held is not None and ("delta", held.digest) not in self.pool.owners():
+                self.pages.make_room(self._cells[held.digest])
                 self.pool.take(("delta", held.digest), self._cells[held.digest])
             guide = None if request.rule is None else request.rule.start(request.stop)
-            self.live[request.id] = _Live(request, held, self._shareable(held), guide, caches=caches)
+            self.live[request.id] = live = _Live(request, held, self._shareable(held), guide, caches=caches)
+            if live.shared and self.prefixes:
+                self._resume(live)
         self.waiting = [w for w in self.waiting if w.id in requests]
+        self.library.prefetch(w.delta for w in self.waiting[:LOOK_AHEAD] if w.delta is not None)
         return events
+
+    def _resume(self, r: _Live) -> None:
+        """Begin behind what is cached of its prompt."""
+        r.pages = self.pages.find(r.digest, r.request.prompt)
+        self.pages.hold(r.pages)
+        for page in r.pages:
+            r.grow(page.cells)
+            r.cached += len(page.cells)
+        self.pages.found += r.cached
 
     def _waiting(self, r: Request) -> Waiting:
         """The request as admission sees it; a delta goes by its digest, so that two versions count as two."""
         if r.delta is None:
-            return Waiting(r.id, len(r.prompt), r.new, None, r.arrived)
+            return Waiting(r.id, len(r.prompt), r.new, None, r.arrived, self._in_common(r, None))
         entry = self.library.find(r.delta)
         # The delta as read and its factors beside it; on a model that keeps no cells, a token's worth.
         numbers = entry.nbytes // 2 if self.decoder is not None else 1
         self._cells[entry.digest] = max(1, -(-numbers // self._numbers))
-        return Waiting(r.id, *_worst(len(r.prompt), r.new, entry.caches), entry.digest, r.arrived)
+        used, left = _worst(len(r.prompt), r.new, entry.caches)
+        return Waiting(r.id, used, left, entry.digest, r.arrived, self._in_common(r, entry.digest))
+
+    def _in_common(self, r: Request, digest: str | None) -> int:
+        """Tokens of its prompt in pages that are read now; those in unused pages cost it what others would."""
+        return self.pages.size * sum(p.refs > 0 for p in self.pages.find(digest, r.prompt))
 
     def _shareable(self, held: Resident | None) -> bool:
         if self.decoder is None or (held is not None and held.decoder is not None):
@@ -278,6 +337,7 @@ class Engine:
 
     def _leave(self, r: _Live) -> None:
         self.pool.give_back(("cache", r.request.id))
+        self.pages.release(r.pages)
         if r.resident is None:
             return
         self.library.release(r.resident)
@@ -286,23 +346,22 @@ class Engine:
 
     # computing
 
+    @torch.inference_mode()
     def _shared(self, batch: Sequence[_Live]) -> list[Event]:
         """One pass for every request of the shared batch, those of one delta beside each other."""
         assert self.decoder is not None
-        order: dict[int, list[_Live]] = {}
-        for r in batch:
-            order.setdefault(id(r.resident), []).append(r)
         room, taking = self.chunk, []
-        for r in itertools.chain.from_iterable(order.values()):
+        for r in batch:
             n = 1 if r.due == 1 else min(r.due, room)
             if n:
                 room -= n if r.due > 1 else 0
                 taking.append((r, n))
+        self._give_cells(taking)
+        taking = self._in_order(taking)
         spans, flat, mix, last, at = [], [], [], [], 0
         for r, n in taking:
-            self.pool.take(("cache", r.request.id), n)
-            spans.append(Span(self.pool.of(("cache", r.request.id)), r.cached, n))
-            flat += r.tokens[r.cached : r.cached + n]
+            spans.append(Span(r.cells[: r.cached + n], r.cached, n))
+            flat += r.next(n)
             mix.append((r.resident, at, at + n))
             at += n
             if n == r.due:
@@ -310,16 +369,54 @@ class Engine:
             r.cached += n
         tokens = torch.tensor(flat, device=self.base.device)
         h = self.decoder(tokens, self.cache.view(spans), self._mixture(mix))
+        if self.prefixes:
+            for r, _ in taking:
+                self._keep_pages(r)
         if not last:
             return []
-        ends = self._mixture([(r.resident, i, i + 1) for i, (r, _) in enumerate(last)])
-        z = self.decoder.logits(h[torch.tensor([i for _, i in last], device=h.device)], ends)
-        return [e for row, (r, _) in zip(z, last, strict=True) for e in self._draw(r, row)]
+        if len(last) < at:
+            h = h[torch.tensor([i for _, i in last], device=h.device)]
+        z = self.decoder.logits(h, self._mixture([(r.resident, i, i + 1) for i, (r, _) in enumerate(last)]))
+        return self._draw([r for r, _ in last], z)
+
+    def _give_cells(self, taking: Sequence[tuple[_Live, int]]) -> None:
+        """Cells for the next tokens of each request."""
+        self.pages.make_room(sum(n for _, n in taking))
+        single = [r for r, n in taking if n == 1]
+        cells = self.pool.take_each([("cache", r.request.id) for r in single])
+        for i, r in enumerate(single):
+            r.grow(cells[i : i + 1])
+        for r, n in taking:
+            if n > 1:
+                r.grow(self.pool.take(("cache", r.request.id), n))
+
+    def _keep_pages(self, r: _Live) -> None:
+        """Make pages of what is in its cache; where there is one already, read that one instead."""
+        size = self.pages.size
+        while (done := size * len(r.pages)) + size <= r.cached:
+            mine = r.cells[done : done + size]
+            page = self.pages.add(
+                ("cache", r.request.id), r.digest, r.pages, r.tokens[done : done + size], mine.clone()
+            )
+            mine.copy_(page.cells)
+            r.pages.append(page)
+
+    def _in_order(self, taking: list[tuple[_Live, int]]) -> list[tuple[_Live, int]]:
+        """Requests of one delta beside each other, deltas in the order in which their factors lie."""
+        sizes: dict[int, int] = {}
+        for r, n in taking:
+            sizes[id(r.resident)] = sizes.get(id(r.resident), 0) + n
+        spans = [(r.resident, 0, sizes[id(r.resident)]) for r, _ in taking]
+        if self.dominant is not None:
+            self._merged = self.dominant.turn({id(r): (r, n) for r, _, n in spans})
+            spans = [s for s in spans if self._merged is None or s[0] is not self._merged.resident]
+        self.stacks.settle(few(spans), [r.resident for r in self.live.values() if r.resident is not None])
+        return sorted(taking, key=lambda t: self.stacks.place(t[0].resident))
 
     def _mixture(self, spans: list[tuple[Resident | None, int, int]]) -> Mixture:
         """The mixture of these spans; the last few are kept, as a batch that only writes has the same at every step."""
-        key = tuple((id(r), a, b) for r, a, b in spans if r is not None)
-        found = self._mixtures.pop(key, None) or Mixture(spans)
+        key = (self.stacks.version, id(self._merged), *((id(r), a, b) for r, a, b in spans if r is not None))
+        found = self._mixtures.pop(key, None) or Mixture(spans, self.stacks, self._merged)
         self._mixtures[key] = found
         while len(self._mixtures) > KEPT:
             self._mixtures.popitem(last=False)
@@ -330,10 +427,11 @@ class Engine:
         try:
             z = self._guided(r) if r.resident is not None and r.resident.decoder is not None else self._whole(r)
         except TunesmithError as error:
-            return self._end(r, "error", error)
+            return [self._end(r, "error", error)]
+        self.pages.make_room(r.due * r.caches)
         self.pool.take(("cache", r.request.id), r.due * r.caches)
         r.cached = len(r.tokens)
-        return self._draw(r, z)
+        return self._draw([r], z[None])
 
     def _whole(self, r: _Live) -> Tensor:
         """Logits [V] after all tokens of a request, read anew."""
@@ -352,11 +450,21 @@ class Engine:
             return r.joint.start([r.request.prompt])[0]
         return r.joint.more([r.answer[-1]])[0]
 
-    def _draw(self, r: _Live, z: Tensor) -> list[Event]:
+    def _draw(self, rows: Sequence[_Live], z: Tensor) -> list[Event]:
+        """The next token of each request from logits [n, V], and who ends with it."""
+        given: list[Row | TunesmithError] = [_row(r, z) for r in rows]
+        drawn = choose_each(z, [g if isinstance(g, Row) else Row(GREEDY) for g in given])
+        events = []
+        for r, row, chosen in zip(rows, given, drawn, strict=True):
+            error = next((e for e in (row, chosen) if isinstance(e, TunesmithError)), None)
+            events.append(
+                self._end(r, "error", error) if isinstance(chosen, TunesmithError) or error else self._wrote(r, chosen)
+            )
+        return events
+
+    def _wrote(self, r: _Live, chosen: Chosen) -> Event:
+        ends = chosen.token in r.request.stop
         try:
-            allowed = None if r.guide is None else r.guide.allowed(len(z)).to(z.device)
-            chosen = choose(z[None], [Row(r.request.sampling, r.request.prompt, r.answer, allowed)])[0]
-            ends = chosen.token in r.request.stop
             if r.guide is not None and not ends:
                 r.guide.take(chosen.token)
         except TunesmithError as error:
@@ -366,16 +474,25 @@ class Engine:
             return self._end(r, "stop")
         r.answer.append(chosen.token)
         over = r.guide is not None and r.guide.over
-        if over or len(r.answer) >= r.request.new:
-            self.live.pop(r.request.id)
-            self._leave(r)
-            return [Event(r.request.id, chosen, "stop" if over else "length")]
-        return [Event(r.request.id, chosen)]
-
-    def _end(self, r: _Live, reason: str, error: TunesmithError | None = None) -> list[Event]:
+        if not over and len(r.answer) < r.request.new:
+            return Event(r.request.id, chosen)
         self.live.pop(r.request.id)
         self._leave(r)
-        return [Event(r.request.id, None, reason, error)]
+        return Event(r.request.id, chosen, "stop" if over else "length")
+
+    def _end(self, r: _Live, reason: str, error: TunesmithError | None = None) -> Event:
+        self.live.pop(r.request.id)
+        self._leave(r)
+        return Event(r.request.id, None, reason, error)
+
+
+def _row(r: _Live, z: Tensor) -> Row | TunesmithError:
+    """What a request's next token is drawn by, or why it cannot be."""
+    try:
+        allowed = None if r.guide is None else r.guide.allowed(z.shape[1]).to(z.device)
+    except TunesmithError as error:
+        return error
+    return Row(r.request.sampling, r.request.prompt, r.answer, allowed)
 
 
 def _worst(tokens: int, left: int, caches: int) -> tuple[int, int]:

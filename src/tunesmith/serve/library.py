@@ -10,7 +10,8 @@ with the delta they began with. Entries may be read from any thread; everything 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tunesmith.core.errors import DeltaError, ResourceError, TunesmithError, Usa
 from tunesmith.core.header import HEADER
 from tunesmith.serve import guided
 from tunesmith.serve.mixed import Resident, resident
+
+AHEAD = 4  # deltas read before their request joins
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Library:
         self._held: OrderedDict[str, Resident] = OrderedDict()  # by digest, least recently used first
         self._users: Counter[str] = Counter()
         self._pinned: set[str] = set()  # names
+        self._ahead: dict[str, Future[Resident]] = {}  # by digest, being read by another thread
+        self._reader: ThreadPoolExecutor | None = None
 
     def scan(self, root: str | Path) -> list[tuple[Path, TunesmithError]]:
         """Register every delta in the folders below `root` (`NAME/` or `NAME/delta/`), then every decoder (see `guided`).
@@ -178,9 +183,13 @@ class Library:
         Raises DeltaError for one that is damaged or has no effect, ResourceError where memory is short.
         """
         entry = self.find(name)
+        ahead = self._ahead.pop(entry.digest, None)
         ready = self._held.get(entry.digest)
         if ready is None:
-            entry, ready = self._prepared(name)
+            if ahead is None:
+                entry, ready = self._prepared(entry, name)
+            else:  # of the file that is there now: a new one has another digest
+                ready = self._checked(ahead.result())
             self._held[entry.digest] = ready
             self.loads += 1
         self._held.move_to_end(entry.digest)
@@ -196,21 +205,40 @@ class Library:
             del self._users[ready.digest]
         self._shrink()
 
-    def _prepared(self, name: str) -> tuple[Entry, Resident]:
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Have another thread read these deltas, AHEAD at most, so that they are there when they are acquired.
+
+        Unknown names are passed over; an error shows when the delta is acquired.
+        """
+        wanted = {self.entries[n].digest: self.entries[n] for n in names if n in self.entries}
+        for digest in [d for d, f in self._ahead.items() if d not in wanted and (f.done() or f.cancel())]:
+            del self._ahead[digest]
+        for digest, entry in wanted.items():
+            if len(self._ahead) >= AHEAD or self.held_bytes >= self.budget:
+                return
+            if digest not in self._ahead and digest not in self._held:
+                self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="tunesmith-read")
+                self._ahead[digest] = self._reader.submit(self._read, entry, entry.name)
+
+    def _prepared(self, entry: Entry, name: str) -> tuple[Entry, Resident]:
         """Read and prepare a delta, again if it was written anew meanwhile."""
         for _ in range(3):
-            entry = self.find(name)
-            try:
-                ready = self._checked(resident(self.base, store.load(entry.folder, self.base), name))
-            except TunesmithError:
-                raise
-            except MemoryError:
-                raise ResourceError("there is no memory to read it", where=name) from None
-            except Exception as error:  # whatever a delta's own code raises: it is refused, and the server goes on
-                raise DeltaError(f"it cannot be prepared ({error!r})", where=name) from error
+            ready = self._checked(self._read(entry, name))
             if _stamp(entry.folder) == entry.stamp:
                 return entry, ready
+            entry = self.find(name)
         raise DeltaError("it is written all the time", where=name, hint="ask again later")
+
+    def _read(self, entry: Entry, name: str) -> Resident:
+        """Read and prepare a delta as it is on disk. Of the library nothing changes: any thread may do this."""
+        try:
+            return resident(self.base, store.load(entry.folder, self.base), name)
+        except TunesmithError:
+            raise
+        except MemoryError:
+            raise ResourceError("there is no memory to read it", where=name) from None
+        except Exception as error:  # whatever a delta's own code raises: it is refused, and the server goes on
+            raise DeltaError(f"it cannot be prepared ({error!r})", where=name) from error
 
     def _checked(self, ready: Resident) -> Resident:
         if not ready.paths:

@@ -16,6 +16,7 @@ def exposition(worker: Worker) -> str:
         "generated_tokens_total": (c.tokens, "tokens written"),
         "steps_total": (c.steps, "steps of the engine"),
         "busy_seconds_total": (c.busy_seconds, "seconds spent in steps"),
+        "prefix_tokens_total": (now["prefix_tokens"], "prompt tokens found in the cache"),
         "delta_loads_total": (now["loads"], "deltas read from disk"),
         "delta_evictions_total": (now["evictions"], "deltas let go from memory"),
     }
@@ -24,7 +25,8 @@ def exposition(worker: Worker) -> str:
         "waiting_requests": (now["waiting"], "requests in the queue"),
         "reading_requests": (now["reading"], "requests for embeddings or classes that are not done"),
         "cells": (now["cells"], "cells of the pool"),
-        "cells_free": (now["cells_free"], "free cells"),
+        "cells_free": (now["cells_free"], "free cells, cached prefixes nobody reads counted in"),
+        "cells_cached": (now["cells_cached"], "cells of cached prefixes nobody reads"),
         "deltas": (now["deltas"], "registered deltas"),
         "deltas_held": (now["deltas_held"], "deltas in memory"),
         "delta_bytes": (now["held_bytes"], "bytes of deltas in memory"),

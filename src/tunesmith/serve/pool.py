@@ -11,7 +11,7 @@ Sheng et al. 2023, arXiv 2311.03285.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +55,20 @@ class Pool:
         self._owned.setdefault(owner, []).append(found)
         return found
 
+    def take_each(self, owners: Sequence[Hashable]) -> Tensor:
+        """One cell for each owner, int64 and rising. Raises ResourceError as `take` does."""
+        n = len(owners)
+        if not n:
+            return torch.empty(0, dtype=torch.int64)
+        if n > self.free:
+            raise ResourceError(f"{n} cells were asked for and {self.free} of {self.cells} are free", where="pool")
+        found = self._free.nonzero().flatten()[:n]
+        self._free[found] = False
+        self.free -= n
+        for owner, cell in zip(owners, found.split(1), strict=True):
+            self._owned.setdefault(owner, []).append(cell)
+        return found
+
     def _run(self, n: int) -> Tensor | None:
         """The first `n` free cells that are neighbours."""
         counts = torch.cat([torch.zeros(1, dtype=torch.int64), self._free.long().cumsum(0)])  # free cells before each
@@ -78,6 +92,19 @@ class Pool:
         n = sum(len(c) for c in held)
         self.free += n
         return n
+
+    def hand_over(self, owner: Hashable, cells: Tensor, to: Hashable | None) -> None:
+        """Make some of `owner`'s cells another's, or free them (`to` None). Raises UsageError for cells it has not."""
+        held = self.of(owner)
+        mine = torch.isin(held, cells)
+        if int(mine.sum()) != len(cells):
+            raise UsageError(f"{owner!r} does not have these cells", where="pool")
+        self._owned[owner] = [held[~mine]]
+        if to is not None:
+            self._owned.setdefault(to, []).append(cells.clone())
+            return
+        self._free[cells] = True
+        self.free += len(cells)
 
     def owners(self) -> list[Hashable]:
         return list(self._owned)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tunesmith.core.errors import UsageError
 
 MOST_LOGPROBS = 20
+LIKELIEST = 1024  # tokens among which a nucleus is looked for first: sorting a whole vocabulary is slow
 
 
 @dataclass(frozen=True)
@@ -85,63 +86,130 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Chosen]:
 
     Raises UsageError where a row allows no token at all, or its logits are not finite.
     """
+    out = []
+    for chosen in choose_each(logits, rows):
+        if isinstance(chosen, UsageError):
+            raise chosen
+        out.append(chosen)
+    return out
+
+
+def choose_each(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | UsageError]:
+    """The same, with the error of a row in the place of its token."""
     if logits.dim() != 2 or len(rows) != len(logits):
         raise UsageError(f"{len(rows)} rows cannot draw from logits of shape {tuple(logits.shape)}")
-    logits = logits.float()
-    raw = torch.log_softmax(logits, -1)  # [n, V]
-    out = []
-    for z, logp, row in zip(logits, raw, rows, strict=True):
-        token = _draw(scores(z, row), row)
+    raw = logits.float()
+    logp = torch.log_softmax(raw, -1)  # [n, V]
+    z, errors = _edited(raw, rows)
+    tokens = z.argmax(-1)
+    drawn = [i for i, r in enumerate(rows) if r.sampling.temperature > 0 and errors[i] is None]
+    if drawn:
+        at = torch.tensor(drawn, device=z.device)
+        tokens[at] = _draw(_filtered(z[at], [rows[i].sampling for i in drawn]), [rows[i] for i in drawn])
+    likely = logp.gather(1, tokens[:, None])[:, 0].tolist()
+    most = max(r.sampling.logprobs for r in rows) if rows else 0
+    top = torch.topk(logp, min(most, logp.shape[1])) if most else None
+    out: list[Chosen | UsageError] = []
+    for i, (row, token, error) in enumerate(zip(rows, tokens.tolist(), errors, strict=True)):
+        if error is not None:
+            out.append(error)
+            continue
         k = row.sampling.logprobs
-        top = torch.topk(logp, min(k, len(logp))) if k else None
-        others = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        out.append(Chosen(token, float(logp[token]), others))
+        others = () if top is None or not k else tuple(
+            zip(top.indices[i, :k].tolist(), top.values[i, :k].tolist(), strict=True)
+        )  # fmt: skip
+        out.append(Chosen(token, likely[i], others))
     return out
 
 
 def scores(z: Tensor, row: Row) -> Tensor:
     """The logits [V] of one row after its settings; -inf where a token is out."""
+    edited, errors = _edited(z[None].float(), [row])
+    if errors[0] is not None:
+        raise errors[0]
+    return edited[0] if row.sampling.temperature == 0 else _filtered(edited, [row.sampling])[0]
+
+
+def _edited(raw: Tensor, rows: Sequence[Row]) -> tuple[Tensor, list[UsageError | None]]:
+    """The logits [n, V] after penalties, bias and constraints, `raw` itself where there are none; what is wrong with rows."""
+    errors: list[UsageError | None] = [None] * len(rows)
+    for i in (~(raw.amax(-1) < float("inf"))).nonzero().flatten().tolist():  # NaN is not below it either
+        errors[i] = UsageError(
+            "the logits of a row are not finite", hint="is its delta trained, and in a dtype it fits?"
+        )
+    z = raw
+    for i, row in enumerate(rows):
+        s = row.sampling
+        written = bool((s.presence or s.frequency) and row.answer)
+        if errors[i] is not None or not (s.repetition != 1.0 or written or s.bias or row.allowed is not None):
+            continue
+        z = raw.clone() if z is raw else z
+        try:
+            _edit(z[i], row)
+        except UsageError as error:
+            errors[i] = error
+    return z, errors
+
+
+def _edit(z: Tensor, row: Row) -> None:
     s = row.sampling
-    if bool(z.isnan().any()) or float(z.max()) == float("inf"):
-        raise UsageError("the logits of a row are not finite", hint="is its delta trained, and in a dtype it fits?")
-    z = z.clone()
     if s.repetition != 1.0 and (row.prompt or row.answer):
-        seen = torch.tensor(sorted({*row.prompt, *row.answer}))
+        seen = torch.tensor(sorted({*row.prompt, *row.answer}), device=z.device)
         z[seen] = torch.where(z[seen] > 0, z[seen] / s.repetition, z[seen] * s.repetition)
     if (s.presence or s.frequency) and row.answer:
-        tokens, counts = torch.tensor(list(row.answer)).unique(return_counts=True)
+        tokens, counts = torch.tensor(list(row.answer), device=z.device).unique(return_counts=True)
         z[tokens] -= s.presence + s.frequency * counts
     for token, b in s.bias.items():
         if not 0 <= token < len(z):
             raise UsageError(f"there is no token {token}; the vocabulary has {len(z)}", where="bias")
         z[token] += b
     if row.allowed is not None:
-        z = z.masked_fill(~row.allowed, float("-inf"))
+        z.masked_fill_(~row.allowed, float("-inf"))
         if not bool(torch.isfinite(z).any()):
             raise UsageError("no token is allowed here", hint="the schema and the vocabulary do not fit together")
-    if s.temperature == 0:
-        return z
-    z = z / s.temperature
-    if 0 < s.top_k < len(z):
-        z = z.masked_fill(z < torch.topk(z, s.top_k).values[-1], float("-inf"))
-    if s.top_p < 1:
-        falling, at = z.sort(descending=True)
-        before = torch.softmax(falling, -1).cumsum(-1) - torch.softmax(falling, -1)  # held by what is more likely
-        out = before >= s.top_p
-        z = z.masked_fill(torch.zeros_like(out).scatter(0, at, out), float("-inf"))
-    if s.min_p:
-        p = torch.softmax(z, -1)
-        z = z.masked_fill(p < s.min_p * p.max(), float("-inf"))
+
+
+def _filtered(z: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """Logits [n, V] after temperature, top-k, top-p and min-p of each row; fresh."""
+    z = z / torch.tensor([s.temperature for s in settings], device=z.device)[:, None]
+    out = float("-inf")
+    few = [i for i, s in enumerate(settings) if 0 < s.top_k < z.shape[1]]
+    if few:
+        k = torch.tensor([settings[i].top_k for i in few], device=z.device)[:, None]
+        least = torch.topk(z[few], int(k.max())).values.gather(1, k - 1)
+        z[few] = z[few].masked_fill(z[few] < least, out)
+    nucleus = [i for i, s in enumerate(settings) if s.top_p < 1]
+    if nucleus:
+        p = torch.tensor([settings[i].top_p for i in nucleus], device=z.device)[:, None]
+        z[nucleus] = _nucleus(z[nucleus], p)
+    floor = [i for i, s in enumerate(settings) if s.min_p]
+    if floor:
+        share = torch.tensor([settings[i].min_p for i in floor], device=z.device)[:, None]
+        p = torch.softmax(z[floor], -1)
+        z[floor] = z[floor].masked_fill(p < share * p.amax(-1, keepdim=True), out)
     return z
 
 
-def _draw(z: Tensor, row: Row) -> int:
-    if row.sampling.temperature == 0:
-        return int(z.argmax())
-    p = torch.softmax(z.double(), -1)
-    u = _uniform(row.sampling.seed, len(row.answer)) * float(p.sum())
-    token = int(torch.searchsorted(p.cumsum(-1), u, right=True))
-    return min(token, int(p.nonzero()[-1]))  # rounding may leave the sum a little below u
+def _nucleus(z: Tensor, top_p: Tensor) -> Tensor:
+    """Logits [n, V] with only the fewest tokens that hold `top_p` [n, 1]: looked for among the likeliest first."""
+    p = torch.softmax(z, -1)
+    for most in (LIKELIEST, z.shape[1]):
+        falling, at = torch.topk(p, min(most, p.shape[1]))
+        held = falling.cumsum(-1)
+        if bool((held[:, -1:] >= top_p).all()) or falling.shape[1] == p.shape[1]:
+            break
+    kept = torch.zeros_like(z, dtype=torch.bool).scatter_(1, at, held - falling < top_p)  # held by what is more likely
+    return z.masked_fill(~kept, float("-inf"))
+
+
+def _draw(z: Tensor, rows: Sequence[Row]) -> Tensor:
+    """A token for each row of filtered logits [n, V]."""
+    total = torch.softmax(z.double(), -1).cumsum(-1)
+    u = torch.tensor([_uniform(r.sampling.seed, len(r.answer)) for r in rows], dtype=total.dtype, device=z.device)
+    tokens = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+    # Rounding may leave the sum a little below u: then the last token that can be drawn.
+    last = (z > float("-inf")).to(torch.int8).flip(-1).argmax(-1)
+    return torch.minimum(tokens, z.shape[1] - 1 - last)
 
 
 def _uniform(seed: int, step: int) -> float:

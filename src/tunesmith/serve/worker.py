@@ -249,14 +249,17 @@ class Worker:
         """Numbers of the moment, for metrics and the admin plane."""
         times = sorted(self.counts.first_token_seconds)
         at = {p: times[min(len(times) - 1, int(p * len(times)))] if times else 0.0 for p in (0.5, 0.95)}
-        writing: dict[str, Any] = {"running": 0, "waiting": 0, "cells": 0, "cells_free": 0}
+        writing: dict[str, Any] = {"running": 0, "waiting": 0, "cells": 0, "cells_free": 0, "cells_cached": 0,
+                                   "prefix_tokens": 0}  # fmt: skip
         if self.engine is not None:
             e = self.engine
             writing = {
                 "running": len(e.live),
                 "waiting": len(e.waiting),
                 "cells": e.pool.cells,
-                "cells_free": e.pool.free,
+                "cells_free": e.free,
+                "cells_cached": e.pages.unused,
+                "prefix_tokens": e.pages.found,
             }
         return {
             **writing, "reading": 0 if self.encoder is None else self.encoder.waiting,
