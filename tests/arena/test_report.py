@@ -64,7 +64,7 @@ def result() -> dict[str, Any]:
     return {
         "format": FORMAT, "created": "2026-01-02T00:00:00+00:00", "minutes": 1.5, "equal": "time",
         "budget_seconds": 600.0,
-        "data": {"name": "a.jsonl", "path": "a.jsonl", "kind": "classification", "source": "s", "train": 9, "dev": 3,
+        "data": {"name": "a.jsonl", "kind": "classification", "source": "s", "train": 9, "dev": 3,
                  "test": 2},
         "base": {"name": "tiny", "family": "encoder"}, "target": {"metric": "accuracy", "higher_is_better": True},
         "retention": {"measure": "cosine"}, "plan": {"seeds": 2, "rates": 3, "steps": {}}, "config": {"batch_size": 8},

@@ -335,7 +335,7 @@ def _judged(
     return {
         "format": FORMAT, "created": now(),
         "data": {
-            "path": train.report.path, "name": Path(train.report.path or "data").name, "kind": train.kind,
+            "name": Path(train.report.path or "data").name, "kind": train.kind,
             "source": job.arena.splits.source, "digest": job.arena.splits.digest, "train": len(train),
             "dev": len(yard.dev), "test": len(yard.test),
             "classes": len(train.labels or []) or None,
