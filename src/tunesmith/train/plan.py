@@ -188,9 +188,8 @@ def _memory(base: Base, delta: Delta, held: float, config: TrainConfig) -> dict[
     weights = sum(t.numel() * t.element_size() for t in tensors)
     trained = sum(t.numel() * t.element_size() for _, t in delta.items() if t.requires_grad)
     stored = delta.nbytes
-    # AdamW's two moments, and the copy that the first steps are compared with
     weights = round(weights * LOADED)
-    training = weights + 2 * stored + 2 * trained + round(held * SLACK)
+    training = weights + stored + 2 * trained + round(held * SLACK)  # 2: AdamW's moments
     return {
         "load": weights + OVERHEAD,
         "train": training + OVERHEAD,
