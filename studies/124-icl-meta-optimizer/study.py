@@ -168,7 +168,7 @@ STUDY = Study(
         "Texts are cut to 24 tokens and have at least 6 words, so that 16 demonstrations and 200 queries take seconds.",
         "Queries follow demonstrations whose keys and values are computed once; it is the same as one long prompt.",
         "Training supervises the label word's first token among all tokens, one demonstration a step.",
-        "World news is called politics, and the template is the one of three under which validation queries are answered best.",
+        "World news is called politics; words and template are those of five variants under which validation queries are answered best.",
         "The control with shuffled labels has the rate that is chosen for true labels.",
     ),
 )
