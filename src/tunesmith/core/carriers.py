@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tunesmith.core import fused
-from tunesmith.core.algebra import Dense, apply_dense, wide
+from tunesmith.core.algebra import Dense, Update, apply_dense, wide
 from tunesmith.core.delta import Part
 from tunesmith.core.errors import UsageError
 from tunesmith.core.method import CARRIERS
@@ -146,19 +146,22 @@ class _Weight:
         if not self.live:
             return self.rewritten(*args, **kwargs)
         x, put = first_tensor(args, kwargs)
-        update = self.alone()
-        if update is not None:
-            return fused.beside(x, self.actions[0].site.module, update)
+        a = self.actions[0]
+        only = a.part.method.update(a.site, a.tensors) if len(self.actions) == 1 and _adds(a) else None
+        if only is not None and a.full and self.bare() and fused.fits(a.site.module, only):
+            return fused.beside(x, a.site.module, only)
 
         def original(new: Tensor) -> Tensor:
             again_args, again_kwargs = put(new)
             return self.original(*again_args, **again_kwargs)
 
+        if only is not None:
+            return _plus(original(x), a, only, x)
         # Runs of additive parts share one pass; a part with a live form wraps all that came before it.
         call: Callable[[Tensor], Tensor] = original
         waiting: list[Action] = []
         for a in self.actions:
-            if hasattr(a.part.method, "update"):
+            if _adds(a):
                 waiting.append(a)
                 continue
             if waiting:
@@ -166,16 +169,11 @@ class _Weight:
             call = _through(call, a)
         return (_beside(call, waiting) if waiting else call)(x)
 
-    def alone(self) -> Any:
-        """The update of a single part at full strength on a plain linear layer that can be computed in one pass with it."""
-        a = self.actions[0]
-        module = a.site.module
-        if len(self.actions) > 1 or not a.full or a.site.kind != "linear" or not hasattr(a.part.method, "update"):
-            return None
-        if type(module).forward is not nn.Linear.forward or getattr(self.original, "__self__", None) is not module:
-            return None
-        update = a.part.method.update(a.site, a.tensors)
-        return update if fused.fits(module, update) else None
+    def bare(self) -> bool:
+        """Whether what would run is the forward of a plain linear layer itself."""
+        site = self.actions[0].site
+        plain = site.kind == "linear" and type(site.module).forward is nn.Linear.forward
+        return plain and getattr(self.original, "__self__", None) is site.module
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         site = self.actions[0].site
@@ -259,11 +257,20 @@ def _beside(call: Callable[[Tensor], Tensor], actions: list[Action]) -> Callable
     def run_beside(x: Tensor) -> Tensor:
         y = call(x)
         for a in actions:
-            change = a.part.method.update(a.site, a.tensors).apply(x, a.site)
-            y = y + (change if a.full else change * shaped(a.strength, change)).to(y.dtype)
+            y = _plus(y, a, a.part.method.update(a.site, a.tensors), x)
         return y
 
     return run_beside
+
+
+def _plus(y: Tensor, a: Action, update: Update, x: Tensor) -> Tensor:
+    """The output y plus what the action's update makes of the input x, at the action's strength."""
+    change = update.apply(x, a.site)
+    return y + (change if a.full else change * shaped(a.strength, change)).to(y.dtype)
+
+
+def _adds(a: Action) -> bool:
+    return hasattr(a.part.method, "update")
 
 
 def _through(call: Callable[[Tensor], Tensor], a: Action) -> Callable[[Tensor], Tensor]:
