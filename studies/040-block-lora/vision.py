@@ -20,6 +20,7 @@ from tunesmith.objectives.supervised import Classification
 from tunesmith.study.fair import assert_disjoint, support_query
 from tunesmith.study.worlds.vit import TinyViT
 from tunesmith.study.worlds.world import Score
+from tunesmith.train.attention import BlockAttention
 from tunesmith.train.modes import measuring
 
 SCALE = 20.0  # of cosines, in the logits
@@ -170,7 +171,7 @@ def align(model: Matcher, x: Images, y: Tensor, shape: Shape, precision: str) ->
             dx, dy = torch.randint(0, 7, (2,)).tolist()
             batch = batch[:, :, dy : dy + 28, dx : dx + 28]
             batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with BlockAttention(), torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = F.cross_entropy(model(batch), y[rows])
             loss.backward()
             optimiser.step()

@@ -20,6 +20,7 @@ from tunesmith.derive import Schedule, factorise, repair, train_own
 from tunesmith.derive.own import own_copy
 from tunesmith.study.fair import match_rank
 from tunesmith.study.worlds.vit import TinyViT
+from tunesmith.train.attention import BlockAttention
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.loop import fit
 from tunesmith.train.tasks import LoaderTask
@@ -75,7 +76,8 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 def pretrain(shape: Shape, data: Labelled, classes: int, plan: Plan, steps: int, seed: int) -> Base:
     """A model trained from scratch on the general pictures."""
     schedule = Schedule(steps, plan.lr, weight_decay=0.05, warmup=0.1, precision=plan.precision, seed=seed)
-    return train_own(vit(shape, classes, seed), batches(data, plan.batch, seed, augment=True), loss, schedule).base
+    with BlockAttention():
+        return train_own(vit(shape, classes, seed), batches(data, plan.batch, seed, augment=True), loss, schedule).base
 
 
 TERMS = {"task": (0.0, 0.0), "feature": (1.0, 0.0), "weight": (0.0, 1.0), "pela": (1.0, 1.0)}
@@ -91,7 +93,8 @@ def small(teacher: Base, ratio: float, repaired: str, data: Labelled, plan: Plan
         plan.repaired, plan.repair_lr, weight_decay=0.05, warmup=0.1, precision=plan.precision, seed=seed
     )
     given = batches(data, plan.batch, seed + 500, augment=True)
-    return repair(student, teacher, given, run, task_loss, schedule, feature=feature, weight=weight).base
+    with BlockAttention():
+        return repair(student, teacher, given, run, task_loss, schedule, feature=feature, weight=weight).base
 
 
 def parameters(base: Base) -> int:
@@ -126,7 +129,8 @@ def fine_tuned(base: Base, task: Task, lr: float, plan: Plan, seed: int) -> Call
     """All weights and a fresh head trained on the task; gives the accuracy in percent on some pictures."""
     schedule = Schedule(plan.tuned, lr, weight_decay=0.05, warmup=0.1, precision=plan.precision, seed=seed)
     given = batches(task.train, plan.tuned_batch, seed)
-    done = train_own(with_head(base, task.classes, seed), given, loss, schedule).base
+    with BlockAttention():
+        done = train_own(with_head(base, task.classes, seed), given, loss, schedule).base
     return lambda data: accuracy(done, data)
 
 

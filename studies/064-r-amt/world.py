@@ -20,6 +20,7 @@ from tunesmith.deltas.weight.bits import count
 from tunesmith.objectives.supervised import Classification
 from tunesmith.study.fair import assert_disjoint, support_query
 from tunesmith.study.worlds.vit import TinyViT
+from tunesmith.train.attention import BlockAttention
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.loop import fit
 from tunesmith.train.modes import measuring
@@ -158,7 +159,7 @@ def align(model: Matcher, x: Images, y: Tensor, sizes: Sizes, precision: str) ->
             dx, dy = torch.randint(0, 9, (2,)).tolist()
             batch = batch[:, :, dy : dy + 32, dx : dx + 32]
             batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with BlockAttention(), torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = F.cross_entropy(model(batch), y[rows], label_smoothing=0.1)
             loss.backward()
             optimiser.step()

@@ -115,6 +115,7 @@ def build(ctx: Context, sizes: Sizes) -> World:
 def pretrained(world: World, size: str, share: int | None, seed: int) -> tuple[Base, dict[str, Any]]:
     """A model trained on the corpus under a mask of `share` percent zeros (None: not trained), and what it cost."""
     from tunesmith.derive import Schedule, flops, sparsify, train_own
+    from tunesmith.train.attention import BlockAttention
 
     from . import gpt
 
@@ -127,7 +128,8 @@ def pretrained(world: World, size: str, share: int | None, seed: int) -> tuple[B
         sizes.steps, sizes.lr, weight_decay=0.1, warmup=0.05, floor=0.1, precision=sizes.precision, seed=seed
     )
     batches = gpt.windows(world.corpus, sizes.batch, sizes.context, seed)
-    done = train_own(sparse, batches, gpt.loss, plan)
+    with BlockAttention():
+        done = train_own(sparse, batches, gpt.loss, plan)
     tokens = sizes.steps * sizes.batch * sizes.context
     return done.base, {
         "flops": 3 * flops(done.base, sizes.context).total * tokens,
@@ -139,6 +141,7 @@ def one(world: World, size: str, share: int | None, seed: int, lrs: dict[str, li
     """Pre-train once and fine-tune for every case of this share, each at the best of its rates on dev."""
     from tunesmith.derive import Schedule, densify, mask_of, masks, train_own
     from tunesmith.study.fair import choose_lr
+    from tunesmith.train.attention import BlockAttention
 
     from . import gpt
 
@@ -155,7 +158,8 @@ def one(world: World, size: str, share: int | None, seed: int, lrs: dict[str, li
             def dev(lr: float, start: Base = start, data: Any = data, trained: Any = trained) -> float:
                 plan = Schedule(sizes.tuned, lr, warmup=0.1, precision=sizes.precision, seed=seed)
                 batches = gpt.shuffled(data["train"], sizes.tuned_batch, seed)
-                trained[lr] = train_own(start, batches, gpt.loss, plan).base
+                with BlockAttention():
+                    trained[lr] = train_own(start, batches, gpt.loss, plan).base
                 return gpt.score(trained[lr], data["dev"], 32, sizes.precision)["nll"]
 
             arm = arm_name(size, task, *case)
