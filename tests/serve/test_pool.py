@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import ResourceError, UsageError
-from tunesmith.serve.pool import Pool, cells_for, lora_cells
+from tunesmith.serve.pool import RUN, Pool, cells_for, lora_cells
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,6 +73,30 @@ def test_rows_wider_than_a_cell_take_several() -> None:
     shapes = [(8, 576, 576), (8, 576, 192), (8, 576, 192), (8, 576, 576)]
     assert lora_cells(shapes, width=192) == 4 * 8 * 3
     assert cells_for([(2, 193), (1, 192)], width=192) == 5
+
+
+def test_what_is_read_together_lies_together() -> None:
+    pool = Pool(5 * RUN)
+    prompts = {"a": pool.take("a", 3).tolist(), "b": pool.take("b", RUN + 2).tolist()}
+    assert prompts == {"a": [0, 1, 2], "b": list(range(RUN, 2 * RUN + 2))}
+    last = [prompts["a"][-1], prompts["b"][-1], -1]
+    for _ in range(3):
+        last = pool.take_each(["a", "b", "c"], last).tolist()
+    assert pool.of("a").tolist() == list(range(6))
+    assert pool.of("b").tolist() == list(range(RUN, 2 * RUN + 5))
+    assert pool.of("c").tolist() == [3 * RUN, 3 * RUN + 1, 3 * RUN + 2]
+    pool.check()
+
+
+def test_scattered_cells_are_given_when_no_run_is_left() -> None:
+    pool = Pool(2 * RUN + 3)  # the last three belong to no run
+    pool.take("a", RUN - 2)
+    pool.take("b", RUN - 1)
+    taken = pool.take_each(["a", "b", "c", "d", "e", "f"], [RUN - 3, RUN - 3, -1, 2 * RUN + 2, -1, 0])
+    assert taken[0] == RUN - 2  # the first of two that want it
+    assert sorted(taken.tolist()) == [RUN - 2, RUN - 1, 2 * RUN - 1, 2 * RUN, 2 * RUN + 1, 2 * RUN + 2]
+    assert pool.free == 0
+    pool.check()
 
 
 def test_one_cell_for_each_owner() -> None:

@@ -383,9 +383,9 @@ class Engine:
         """Cells for the next tokens of each request."""
         self.pages.make_room(sum(n for _, n in taking))
         single = [r for r, n in taking if n == 1]
-        cells = self.pool.take_each([("cache", r.request.id) for r in single])
-        for i, r in enumerate(single):
-            r.grow(cells[i : i + 1])
+        last = [int(r.cells[r.cached - 1]) if r.cached else -1 for r in single]
+        for r, cell in zip(single, self.pool.take_each([("cache", r.request.id) for r in single], last), strict=True):
+            r.grow(cell[None])
         for r, n in taking:
             if n > 1:
                 r.grow(self.pool.take(("cache", r.request.id), n))

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from tunesmith.core.errors import ResourceError, UsageError
 
+RUN = 16  # cells; a page of a cached prefix has as many
+
 
 class Pool:
     """Which cells are free and who owns the others.
 
     Owners are any hashable names (a request, a delta). Every operation is O(cells), vectorised; nothing is moved, so an
-    index stays good until its owner frees it.
+    index stays good until its owner frees it. Cells come from runs of `RUN` free ones as long as there are any, and a
+    request's next cell is the one behind its last: what is read together then lies together, which a gather of
+    scattered cells pays for several times over.
     """
 
     def __init__(self, cells: int) -> None:
@@ -49,24 +53,48 @@ class Pool:
             raise ResourceError(f"{n} cells were asked for and {self.free} of {self.cells} are free", where="pool")
         found = self._run(n) if together and n else None
         if found is None:
-            found = self._free.nonzero().flatten()[:n]
+            found = self._from_runs(n).sort().values
         self._free[found] = False
         self.free -= n
         self._owned.setdefault(owner, []).append(found)
         return found
 
-    def take_each(self, owners: Sequence[Hashable]) -> Tensor:
-        """One cell for each owner, int64 and rising. Raises ResourceError as `take` does."""
+    def take_each(self, owners: Sequence[Hashable], last: Sequence[int] | None = None) -> Tensor:
+        """One cell for each owner, int64: the one behind its `last` where that is free. Raises ResourceError as `take` does."""
         n = len(owners)
         if not n:
             return torch.empty(0, dtype=torch.int64)
         if n > self.free:
             raise ResourceError(f"{n} cells were asked for and {self.free} of {self.cells} are free", where="pool")
-        found = self._free.nonzero().flatten()[:n]
+        found = self._behind(torch.tensor(last if last is not None else [-1] * n))
         self._free[found] = False
         self.free -= n
         for owner, cell in zip(owners, found.split(1), strict=True):
             self._owned.setdefault(owner, []).append(cell)
+        return found
+
+    def _behind(self, last: Tensor) -> Tensor:
+        """Different free cells, one for each of `last` (-1: none): the next one, else the first of a free run."""
+        wanted = last + 1
+        good = (last >= 0) & (wanted < self.cells) & self._free[wanted.clamp(max=self.cells - 1)]
+        seen, first = torch.unique(wanted, return_inverse=True)
+        taker = torch.full((len(seen),), len(last)).scatter_reduce_(0, first, torch.arange(len(last)), "amin")
+        good &= taker[first] == torch.arange(len(last))  # two that want one cell: the first gets it
+        rest = int((~good).sum())
+        if rest:
+            self._free[wanted[good]] = False
+            wanted[~good] = self._from_runs(rest, step=RUN)
+            self._free[wanted[good]] = True
+        return wanted
+
+    def _from_runs(self, n: int, step: int = 1) -> Tensor:
+        """`n` free cells: every `step`-th of the runs that are free as a whole, then whatever is free."""
+        runs = self._free[: self.cells // RUN * RUN].view(-1, RUN).all(1).nonzero().flatten()
+        found = (runs[: -(-n * step // RUN), None] * RUN + torch.arange(0, RUN, step)).flatten()[:n]
+        if len(found) < n:
+            left = self._free.clone()
+            left[found] = False
+            found = torch.cat([found, left.nonzero().flatten()[: n - len(found)]])
         return found
 
     def _run(self, n: int) -> Tensor | None:

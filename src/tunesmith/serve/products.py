@@ -25,7 +25,7 @@ from tunesmith.core.memory import available_memory
 FORMS = ("own", "stacked", "packed")
 ROWS = (1, 32)  # of the inputs on which forms are compared: a single stream and a full batch
 SHARE = 0.25  # of the memory that is free, which the copies of all products may take
-GAIN = 0.95  # packing must save at least a twentieth of the time
+SLOWER = 1.1  # packed products are taken unless they are this much slower: a measurement on a busy machine is rough
 CLOSE = 2e-2  # the gap between two forms, over the largest output: bf16 rounds in another order of summing
 
 
@@ -87,7 +87,7 @@ def _packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.no_grad()
 def choose(layers: Sequence[nn.Module]) -> str:
     """The form for products of these layers: "own" where copies of them take more than `SHARE` of the free memory or
-    where they are not plain, else "packed" where it is faster over `ROWS` and gives the same numbers, else "stacked".
+    where they are not plain, else "packed" unless it is slower over `ROWS` or gives other numbers, else "stacked".
     """
     weights: list[Tensor] = [m.weight for m in layers if is_plain(m)]  # type: ignore[misc]
     size, free = sum(w.numel() * w.element_size() for w in weights), available_memory()
@@ -102,21 +102,25 @@ def choose(layers: Sequence[nn.Module]) -> str:
         gap, wide = _gap(_packed_product(x, again, None), F.linear(x, largest))
     except (RuntimeError, AttributeError):  # a build of torch without oneDNN
         return "stacked"
-    fast = sum(_best(lambda z: _packed_product(z, again, None), x[:n]) for n in ROWS)
-    slow = sum(_best(lambda z: F.linear(z, largest), x[:n]) for n in ROWS)
-    return "packed" if gap <= CLOSE * wide and fast < GAIN * slow else "stacked"
+    packed, plain = 0.0, 0.0
+    for n in ROWS:
+        fast, slow = _best((lambda z: _packed_product(z, again, None), lambda z: F.linear(z, largest)), x[:n])
+        packed, plain = packed + fast, plain + slow
+    return "packed" if gap <= CLOSE * wide and packed < SLOWER * plain else "stacked"
 
 
 def _gap(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float((a.float() - b.float()).abs().max()), float(b.float().abs().max())
 
 
-def _best(f: Callable[[Tensor], Tensor], x: Tensor, seconds: float = 0.01) -> float:
-    """The shortest time a call took, of several within `seconds`."""
-    f(x)
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = time.perf_counter()
+def _best(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor, seconds: float = 0.02) -> list[float]:
+    """The shortest time of each call, of several in turn, so that a busy machine is busy for all of them."""
+    for f in calls:
         f(x)
-        best = min(best, time.perf_counter() - started)
+    best, until = [float("inf")] * len(calls), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for i, f in enumerate(calls):
+            started = time.perf_counter()
+            f(x)
+            best[i] = min(best[i], time.perf_counter() - started)
     return best
