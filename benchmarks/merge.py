@@ -2,25 +2,25 @@
 """The same merge of model folders through mergekit, and through Tunesmith.
 
     python benchmarks/merge.py --peer-python /path/to/env/bin/python     an environment that has mergekit
-    python benchmarks/merge.py --create-peer /tmp/mergekit-env           make one (pip; the same torch as here)
-    python benchmarks/merge.py ... --json        rows {work, ours, peer, speed_ratio, memory_ratio, goal, met}
-    python benchmarks/merge.py ... --work linear-135m --runs 1           one work, once
+    python benchmarks/merge.py --create-peer FOLDER                      make one (pip; the same torch as here)
+    python benchmarks/merge.py ... --rows linear-135m --repeats 1        one row, once
+    python benchmarks/merge.py ... --json --out benchmarks/merge.json    rows {work, ours, peer, speed_ratio, ...}
 
-Works: TIES and the linear mean of two 135M checkpoints (smollm2-135m-instruct plus seeded noise, bf16), and of two
+Rows: the linear mean and TIES of two 135M checkpoints (smollm2-135m-instruct plus seeded noise, bf16), and of two
 synthetic sharded 1.5B checkpoints (seeded random values in the shapes of Qwen2-1.5B, bf16). Inputs are made in a folder
-of their own and removed at the end.
+of their own and removed at the end. A quick run does the mean of the small ones, once.
 
 Each run is a process of its own, ours and the peer's in turn, with the same number of threads. Seconds are those of the
 merge call, without the start of Python and the imports, which favours neither. Memory is the peak resident size of the
-process (Linux: VmHWM), pages of mapped files included. Ratios are the peer's number over ours, of medians: above 1 is
-better than the peer. `agreement` compares the two results: the largest difference and the share of differing entries.
+process (Linux: VmHWM), pages of mapped files included. `speed_ratio` is the peer's seconds over ours, `memory_ratio` our
+memory over the peer's, of medians. `agreement` compares the two results: the largest difference and the share of
+differing entries.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,11 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import in_turn, medians, process, say
+from measure import Goal, chosen, facts, finish, in_turn, judged, medians, options, process, say
 
-GOAL = {"speed_ratio": 1.0, "memory_ratio": 1.0}
+GOALS = (Goal("speed_ratio", at_least=2.5), Goal("memory_ratio", at_most=0.5))
 DENSITY = 0.2
-WORKS = ("linear-135m", "ties-135m", "linear-1.5b", "ties-1.5b")
+ROWS = ("linear-135m", "ties-135m", "linear-1.5b", "ties-1.5b")
 
 
 # The workers: each runs in a process of its own and prints one line of JSON
@@ -204,16 +204,13 @@ def compared(work: str, inputs: dict[str, str], place: Path, peer: str, runs: in
             for side, out in outs.items()}  # fmt: skip
     commands = {"ours": [sys.executable, __file__, "--worker", jobs["ours"]], "peer": [peer, "-c", PEER, jobs["peer"]]}
     sides = in_turn(tuple(outs), lambda s, _: measured(commands[s], outs[s], threads), runs, say=say)
-    row: dict[str, Any] = {"work": work}
-    for side, found in sides.items():
-        row[side] = {**medians(found), "runs": found}
+    row: dict[str, Any] = {"work": work, **{side: {**medians(found), "runs": found} for side, found in sides.items()}}
     row["speed_ratio"] = row["peer"]["seconds"] / row["ours"]["seconds"]
-    row["memory_ratio"] = row["peer"]["peak_memory"] / row["ours"]["peak_memory"]
-    row["goal"], row["met"] = GOAL, all(row[k] >= v for k, v in GOAL.items())
+    row["memory_ratio"] = row["ours"]["peak_memory"] / row["peer"]["peak_memory"]
     row["agreement"] = agreement(outs["ours"], outs["peer"])
     for out in outs.values():
         shutil.rmtree(out, ignore_errors=True)
-    return row
+    return judged(row, GOALS)
 
 
 def create_peer(folder: Path) -> str:
@@ -228,65 +225,54 @@ def create_peer(folder: Path) -> str:
     return str(python)
 
 
-def facts(peer: str) -> dict[str, Any]:
-    """What the numbers hold for."""
-    import platform
-
+def versions(peer: str) -> dict[str, str]:
+    """Of the peer's environment."""
     code = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('mergekit', 'torch')}))"
-    versions = json.loads(subprocess.run([peer, "-c", code], capture_output=True, text=True, check=True).stdout)
-    import torch
-
-    load = os.getloadavg() if hasattr(os, "getloadavg") else ()
-    return {
-        "peer_versions": versions,
-        "torch": torch.__version__,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "load": load,
-    }
+    found: dict[str, str] = json.loads(
+        subprocess.run([peer, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    return found
 
 
-def rows(args: argparse.Namespace, peer: str) -> Iterator[dict[str, Any]]:
+def rows(args: argparse.Namespace, wanted: list[str], peer: str) -> Iterator[dict[str, Any]]:
     for size, make in (("135m", small), ("1.5b", large)):
-        works = [w for w in args.work if w.endswith(size)]
+        works = [w for w in wanted if w.endswith(size)]
         if not works:
             continue
         with tempfile.TemporaryDirectory(prefix="tunesmith-merge-", dir=args.dir) as folder:
             place = Path(folder)
             inputs = make(place)
             for work in works:
-                yield compared(work, inputs, place, peer, args.runs, args.threads)
+                say(work)
+                yield compared(work, inputs, place, peer, args.repeats, args.threads)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, ROWS)
     parser.add_argument("--peer-python", help="the Python of an environment that has mergekit")
     parser.add_argument("--create-peer", type=Path, metavar="FOLDER", help="make such an environment here")
-    parser.add_argument("--work", action="append", choices=WORKS, help="one of the works; all by default")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--dir", help="where the inputs are made: 25 GB for all works")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--dir", help="where the inputs are made: 25 GB for all rows")
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(ours(json.loads(args.worker))))
         return
-    args.work = args.work or list(WORKS)
+    wanted = chosen(parser, args.rows, ROWS)
+    if args.quick:
+        wanted, args.repeats = wanted[:1], 1
     if not args.peer_python and not args.create_peer:
         parser.error("give --peer-python or --create-peer")
     peer = args.peer_python or create_peer(args.create_peer)
-    found = list(rows(args, peer))
-    if args.json:
-        print(json.dumps({"rows": found, **facts(peer)}, indent=1))
-        return
+    about = {**facts(("transformers", "safetensors", "tunesmith")), "peer_versions": versions(peer)}
+    found = list(rows(args, wanted, peer))
+    lines = []
     for r in found:
         a, b = r["ours"], r["peer"]
-        print(
+        lines.append(
             f"{r['work']:12}  ours {a['seconds']:7.2f} s {a['peak_memory'] / 2**20:7.0f} MiB   peer {b['seconds']:7.2f} s "
             f"{b['peak_memory'] / 2**20:7.0f} MiB   speed x{r['speed_ratio']:.2f}  memory x{r['memory_ratio']:.2f}  "
             f"{'met' if r['met'] else 'NOT met'}   differing entries {r['agreement']['share_differing']:.2%}"
         )
+    finish(args, found, about, "\n".join(lines))
 
 
 if __name__ == "__main__":
