@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.largest import kth_largest, largest
+from tunesmith.core.largest import LONG, SAMPLE, kth_largest, largest
 
 
 @given(
@@ -37,3 +37,20 @@ def test_infinity_ranks_and_nan_does_not() -> None:
     for k in (-1, 3):
         with pytest.raises(UsageError, match=f"no {k} largest of 2"):
             largest(torch.zeros(1, 2), k)
+
+
+@pytest.mark.parametrize("what", ["smooth", "coarse", "mostly zero", "misleading"])
+def test_long_rows_are_ranked_as_short_ones(what: str) -> None:
+    n = LONG + 4321
+    values = torch.randn(1, n, generator=torch.Generator().manual_seed(1))
+    if what == "coarse":
+        values = (3 * values).round() / 3
+    elif what == "mostly zero":
+        values = values.clamp_min(0.5) - 0.5
+    elif what == "misleading":
+        values[0, :: n // SAMPLE] = 9.0  # just what the sample sees
+    falling = torch.sort(values, dim=1, descending=True, stable=True)
+    for k in (1, 5, n // 100, n // 5, n // 2, n - 5, n):
+        assert torch.equal(kth_largest(values, k)[:, 0], falling.values[:, k - 1])
+        want = torch.zeros(1, n, dtype=torch.bool).scatter_(1, falling.indices[:, :k], True)
+        assert torch.equal(largest(values, k), want)

@@ -68,23 +68,24 @@ def together(
     out = torch.empty(first.numel(), dtype=first.dtype, device=first.device)
     whole = sum(weights)
     for at in range(0, len(out), PIECE):  # fp64 copies of a whole table would be the largest thing in memory
-        pieces = [(w, d[at : at + PIECE].double()) for w, d in terms]
-        total = torch.zeros_like(pieces[0][1])
-        for w, d in pieces:
-            total += w * d
+        pulls = [(w, d[at : at + PIECE].double() * w) for w, d in terms]
+        total = pulls[0][1].clone()
+        for _, pull in pulls[1:]:
+            total += pull
         if elect:
-            up = total >= 0
-            total, divisor = torch.zeros_like(total), torch.zeros_like(total)
-            for w, d in pieces:
-                pull = w * d
-                agrees = torch.where(up, pull > 0, pull < 0).double()
-                total += pull * agrees
-                divisor += w * agrees
+            sign = torch.copysign(torch.ones((), dtype=total.dtype, device=total.device), total)
+            total.zero_()
+            divisor = torch.zeros_like(total)
+            for w, pull in pulls:
+                pull *= sign
+                total += pull.clamp_(min=0)  # what does not agree is 0 now
+                divisor.add_(pull > 0, alpha=w)
+            total *= sign
             if normalize:
-                total /= torch.where(divisor == 0, 1.0, divisor)
+                total /= divisor.add_(divisor == 0)  # nothing is divided there
         elif normalize:
             total /= whole if abs(whole) >= 1e-8 else 1.0
-        out[at : at + PIECE] = lam * total
+        out[at : at + PIECE] = total if lam == 1 else lam * total
     return out.reshape(first.shape)
 
 
@@ -114,7 +115,7 @@ class _Engine:
             for i, u in enumerate(changes)
         ]  # fmt: skip
         found = together(kept, weights, elect=self.elect, normalize=self.normalize, lam=self.lam)
-        return lightest(found, at)
+        return Dense(found) if now.dense else lightest(found, at)
 
 
 @combiner("ties", paper="2306.01708", whole={"density": 1.0}, expected=DROPS)

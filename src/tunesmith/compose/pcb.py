@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tunesmith.compose.consensus import lightest
 from tunesmith.compose.ranking import order_statistics
-from tunesmith.core.algebra import Update
+from tunesmith.core.algebra import Dense, Update
 from tunesmith.core.combine import Changes, Now, Place, combiner, dense
 from tunesmith.core.method import option
 
@@ -105,7 +105,8 @@ class PCB:
         for x, s, w, a, z in zip(D, S, weights, b.low, b.high, strict=True):
             top += s * (self.lam * w) * x.sign() * x.abs().clamp(a, z)
             bottom += s
-        return lightest(top / bottom.clamp_min(TINY), at)
+        found = top / bottom.clamp_min(TINY)
+        return Dense(found) if now.dense else lightest(found, at)
 
 
 def minmax(x: Tensor, low: float, high: float) -> Tensor:

@@ -36,7 +36,7 @@ def magnitude(D: Tensor, density: float, per: str = "tensor") -> Tensor:
     flat = rows(D, per)
     k = int(density * flat.shape[1])
     k = max(1, k) if per == "tensor" and density > 0 else k
-    return (flat * band(flat, 0, k)).reshape(D.shape)
+    return torch.where(band(flat, 0, k), flat, 0.0).reshape(D.shape)
 
 
 def breadcrumbs(D: Tensor, density: float, drop_top: float, per: str = "row") -> Tensor:

@@ -162,7 +162,7 @@ class _Job:
         self.used = Chosen(changes, [i for i, w in enumerate(weights) if w != 0])  # a source of weight 0 has no say
         self.weights = [w for w in weights if w != 0]
         self.dtype = DTYPES[dtype] if dtype else None
-        self.now = Now(seed, names=tuple(self.used.names))
+        self.now = Now(seed, names=tuple(self.used.names), dense=True)
         info = getattr(how, "info", None)
         self.how_name = info.name if info is not None else f"{type(how).__module__}.{type(how).__qualname__}"
         self.how_options = options_of(how) if info is not None else {k: repr(v) for k, v in sorted(vars(how).items())}

@@ -87,11 +87,15 @@ class Changes(Protocol):
 
 @dataclass(frozen=True)
 class Now:
-    """What a combiner may ask for: the seed of the merge, the names of the sources and the result of its survey."""
+    """What a combiner may ask for: the seed of the merge, the names of the sources and the result of its survey.
+
+    `dense`: the result is added to a weight at once, so a form that takes less room is of no use.
+    """
 
     seed: int = 0
     surveyed: Any = None
     names: Sequence[str] = ()
+    dense: bool = False
 
     def generator(self, place: Place, source: int = 0) -> torch.Generator:
         """Random numbers of one place and source, the same in whatever order places and sources come."""

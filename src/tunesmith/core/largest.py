@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tunesmith.core.errors import UsageError
 
+LONG, SAMPLE, MARGIN = 1 << 16, 1 << 14, 4  # entries; entries; standard deviations of a rank in the sample
+
 
 def largest(values: Tensor, k: int) -> Tensor:
     """Mask [rows, n] of the k largest entries of each row of `values` [rows, n]; of equal ones the lower index counts.
@@ -21,10 +23,12 @@ def largest(values: Tensor, k: int) -> Tensor:
     if k in (0, n):
         return torch.full((rows, n), k == n, dtype=torch.bool, device=values.device)
     least = kth_largest(values, k)  # [rows, 1]
-    keep = values > least
-    short = k - keep.sum(1)
-    for i in torch.nonzero(short).flatten().tolist():
-        keep[i, torch.nonzero(values[i] == least[i]).flatten()[: int(short[i])]] = True
+    keep = values >= least
+    over = torch.tensor(
+        [_count(row) - k for row in keep]
+    )  # of those that equal the least, the last in order are too many
+    for i in torch.nonzero(over).flatten().tolist():
+        keep[i, torch.nonzero(values[i] == least[i]).flatten()[-int(over[i]) :]] = False
     return keep
 
 
@@ -35,5 +39,30 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     n = values.shape[1]
     if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
         return torch.kthvalue(values, n - k + 1, dim=1, keepdim=True).values
-    found = [np.partition(row.numpy(), n - k)[n - k] for row in values.detach()]  # several times as quick as kthvalue
+    found = [_kth(row, k) for row in values.detach()]
     return torch.from_numpy(np.array(found, dtype=values.numpy().dtype))[:, None]
+
+
+def _kth(row: Tensor, k: int) -> float:
+    """The k-th largest of a row [n]: among the few entries between two bounds that a sample of the row suggests.
+
+    Counting and picking them are passes that run in parallel, several times as quick as partitioning the row, which is
+    what is done where the sample misled, or the row is short.
+    """
+    n = len(row)
+    if n > LONG:
+        sample = row[:: n // SAMPLE][:SAMPLE].sort().values
+        m = len(sample)
+        at, slack = m * (n - k) / n, MARGIN * (m * k / n * (1 - k / n)) ** 0.5 + MARGIN
+        low, high = (sample[min(m - 1, max(0, int(i)))] for i in (at - slack, at + slack + 1))
+        above = _count(row > high)
+        if low == high and above < k <= above + _count(row == low):
+            return float(low)  # many equal entries, as of differences in half precision
+        among = row[(row >= low) & (row <= high)]
+        if above < k <= above + len(among) and len(among) < 0.7 * n:
+            return _kth(among, k - above)
+    return float(np.partition(row.numpy(), len(row) - k)[len(row) - k])  # several times as quick as kthvalue
+
+
+def _count(mask: Tensor) -> int:
+    return int(np.count_nonzero(mask.cpu().numpy()))  # many times as quick as torch's
