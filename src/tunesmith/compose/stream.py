@@ -36,6 +36,7 @@ from tunesmith.core.tensorfile import TensorWriter, disk, nbytes_of, read_header
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PIECE = 1 << 18  # entries added at once
 AHEAD = 1 << 29  # bytes of fp32 a tensor may need at all sources together to be read ahead
 CHECKED = 8  # tensors computed again and compared with what was written
 BESIDE = (
@@ -301,14 +302,18 @@ class _Job:
         if dense.shape != base.shape:
             what = f"{self.how_name} gave a change of shape {list(dense.shape)} for {list(base.shape)}"
             raise UsageError(what, where=name)
-        low, high = (float(v) for v in torch.aminmax(dense))
-        value = torch.add(base, dense, out=torch.empty(base.shape, dtype=out))  # one pass: the sum in fp32, cast once
-        largest = max(abs(low), abs(high))
-        if not largest < float("inf") or not bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()):
+        value, largest, whole, moved, same = torch.empty(base.shape, dtype=out), 0.0, True, 0, 0
+        pieces = zip(*(t.reshape(-1).split(PIECE) for t in (base, dense, value)), strict=True)
+        for b, d, v in pieces:  # each stays in the cache for all that is asked of it
+            torch.add(b, d, out=v)  # the sum in fp32, cast once
+            size = max(abs(float(x)) for x in torch.aminmax(d))
+            largest = size if size > largest or size != size else largest
+            whole = whole and bool(torch.isfinite(torch.stack(torch.aminmax(v))).all())
+            moved, same = moved + int(torch.count_nonzero(d)), same + int(torch.count_nonzero(torch.eq(v, b)))
+        if not largest < float("inf") or not whole:
             hint = "a wider dtype may hold it: dtype='bfloat16' or 'float32'"
             raise UsageError(f"the merged values overflow in {str(out).removeprefix('torch.')}", where=name, hint=hint)
-        zero = n - int(torch.count_nonzero(dense))
-        return value, _Tally(n, zero, int(torch.eq(value, base).sum()), largest)
+        return value, _Tally(n, n - moved, same, largest)
 
     def _reread(self, work: Path) -> int:
         """Compute some tensors again and compare them with the files bit for bit; every file's header is checked."""

@@ -28,7 +28,8 @@ def largest(values: Tensor, k: int) -> Tensor:
         [_count(row) - k for row in keep]
     )  # of those that equal the least, the last in order are too many
     for i in torch.nonzero(over).flatten().tolist():
-        keep[i, torch.nonzero(values[i] == least[i]).flatten()[-int(over[i]) :]] = False
+        equal = np.flatnonzero((values[i] == least[i]).cpu().numpy())
+        keep[i, torch.from_numpy(equal[-int(over[i]) :]).to(keep.device)] = False
     return keep
 
 
