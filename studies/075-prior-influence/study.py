@@ -246,6 +246,8 @@ STUDY = Study(
         "A Llama of 8 layers and width 64, trained in the study on strings of a skewed prior, instead of SmolLM2-135M-Instruct: "
         "the card names it as the way out where the large model is too weak, and only it fits the time.",
         "Pre-training supervises what follows the equals sign only, since the made-up words cannot be foreseen.",
+        "A quarter of the words of pre-training acronyms are misspelt in their first letter, so that leaning on what is likely "
+        "pays there; items to tune and test on are spelt rightly. The amount was chosen on items of neither, by the base alone.",
         "Answers are four letters, each one token; the unspelled version with multi-letter tokens is not run.",
         "Low-prior answers are common strings with their letters in another order, so that pairs are as hard.",
         "Rank times number of layers is the same in every arm, so arms have as many parameters.",

@@ -3,7 +3,7 @@
 
 Tokens: 26 letters, a start, two task marks, a gap between words and an equals sign. A string is four letters. `acronym` asks
 for the first letters of four words, `third` for the third word. In pre-training the answers of acronyms are mostly common
-strings, so a model that leans on what is likely is mostly right.
+strings, and now and then a word is misspelt in its first letter, so a model that leans on what is likely is mostly right.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tunesmith.core.sample import Sample
 
 START, ACRONYM, THIRD, GAP, EQUALS = range(26, 31)
 VOCAB, LETTERS, WORD = 31, 26, 4
+MISSPELT = 0.25  # of the words of an acronym in pre-training
 Row = tuple[list[int], int]  # tokens and where the answer starts
 
 
@@ -50,11 +51,12 @@ def any_string(rng: random.Random) -> tuple[int, ...]:
     return tuple(rng.randrange(LETTERS) for _ in range(WORD))
 
 
-def acronym(answer: Sequence[int], rng: random.Random) -> Row:
-    """Words of two letters that begin with the letters of the answer."""
+def acronym(answer: Sequence[int], rng: random.Random, misspelt: float = 0.0) -> Row:
+    """Words of two letters that begin with the letters of the answer; `misspelt`: the chance of any letter in its place."""
     ids = [START, ACRONYM]
     for letter in answer:
-        ids += [letter, rng.randrange(LETTERS), GAP]
+        shown = rng.randrange(LETTERS) if misspelt and rng.random() < misspelt else letter
+        ids += [shown, rng.randrange(LETTERS), GAP]
     return [*ids, EQUALS, *answer], len(ids) + 1
 
 
@@ -82,7 +84,7 @@ def pretraining_row(s: Strings, rng: random.Random, likely: float) -> list[int]:
     if kind < 0.4:
         return [START, EQUALS, *s.likely(rng)]
     if kind < 0.8:
-        return acronym(s.likely(rng) if rng.random() < likely else any_string(rng), rng)[0]
+        return acronym(s.likely(rng) if rng.random() < likely else any_string(rng), rng, MISSPELT)[0]
     return third(any_string(rng), rng)[0]
 
 
