@@ -247,6 +247,22 @@ def test_a_killed_process_continues(root: Path) -> None:
     assert check(root / "007-toy") == []
 
 
+def test_studies_side_by_side_give_the_results_of_studies_in_turn(root: Path) -> None:
+    other = root / "008-other"
+    other.mkdir()
+    (other / "study.py").write_text(STUDY.replace("id=7", "id=8").replace('slug="toy"', 'slug="other"'))
+    (other / "helper.py").write_text(
+        "from tunesmith.core.errors import DataError\n\n\ndef measure(arm, seed):\n    raise DataError('no data')\n"
+    )
+    command = [sys.executable, "-m", "tunesmith", "study", "run", "--all", "--jobs", "2", "--json", "--root", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1 and found["failed"] == ["008: no data"], done.stderr
+    assert [r["id"] for r in found["results"]] == [7] and check(root / "007-toy") == []
+    alone = run_study(find("7", root), fresh=True)
+    assert found["results"][0]["raw"] == alone["raw"]
+
+
 def test_a_verdict_must_be_one_of_four() -> None:
     with pytest.raises(UsageError, match="did you mean 'reproduced'"):
         Verdict("reproducd", ["x"], {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,25 +97,25 @@ def run(
     every: All = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the cells of a run that was stopped.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write here, not into the study's folder.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Studies side by side, each in a process with its share of the cores.")
+    ] = 1,
     root: Root = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> Result:
     """Run one study, or all of them, and write the result."""
-    from tunesmith.study import run_study
     from tunesmith.study import show as text
 
     studies = _chosen(which, every, _root(root))
     if out is not None and len(studies) > 1:
         raise UsageError("--out takes the result of one study", hint="leave it out with --all")
-    results, failed = [], []
-    for study in studies:
-        try:
-            results.append(run_study(study, smoke, out, fresh=fresh, log=_log, progress=_progress(study)))
-        except TunesmithError as error:
-            if len(studies) == 1:
-                raise
-            failed.append(f"{study.id:03d}: {error.what}")
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
+    if jobs > 1 and len(studies) > 1:
+        _side_by_side(studies, smoke, fresh, jobs, results, failed)
+    else:
+        _in_turn(studies, smoke, fresh, out, results, failed)
 
     def view(console: Console) -> None:
         for result in results:
@@ -126,6 +127,62 @@ def run(
     return Result(
         {"results": results, "failed": failed}, proof, view, exit_code=FAILED if failed else 0, failure=failure
     )
+
+
+def _in_turn(
+    studies: Sequence[Study],
+    smoke: bool,
+    fresh: bool,
+    out: Path | None,
+    results: list[dict[str, Any]],
+    failed: list[str],
+) -> None:
+    """Run the studies here. Raises the error of a study that is the only one."""
+    from tunesmith.study import run_study
+
+    for study in studies:
+        try:
+            results.append(run_study(study, smoke, out, fresh=fresh, log=_log, progress=_progress(study)))
+        except TunesmithError as error:
+            if len(studies) == 1:
+                raise
+            failed.append(f"{study.id:03d}: {error.what}")
+
+
+def _side_by_side(
+    studies: Sequence[Study], smoke: bool, fresh: bool, jobs: int, results: list[dict[str, Any]], failed: list[str]
+) -> None:
+    """Run the studies in processes, the long ones first; results and failures are in the order of the studies."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    share = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(studies)), context, _with_threads, (share,)) as pool:
+        order = sorted(studies, key=lambda s: -s.minutes)
+        coming = {s.id: pool.submit(_elsewhere, s.folder, smoke, fresh) for s in order}
+        for study in studies:
+            try:
+                results.append(coming[study.id].result())
+            except TunesmithError as error:
+                failed.append(f"{study.id:03d}: {error.what}")
+            except BrokenProcessPool:
+                failed.append(f"{study.id:03d}: its process, or one beside it, was killed")
+
+
+def _with_threads(n: int) -> None:
+    import torch
+
+    torch.set_num_threads(n)
+
+
+def _elsewhere(folder: Path, smoke: bool, fresh: bool) -> dict[str, Any]:
+    """A study in a process of its own, where its lines are told apart by its number."""
+    from tunesmith.study import load_study, run_study
+
+    study = load_study(folder)
+    return run_study(study, smoke, fresh=fresh, log=lambda text: _log(f"{study.id:03d}  {text}"))
 
 
 def _log(text: str) -> None:
