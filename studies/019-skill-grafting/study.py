@@ -84,6 +84,8 @@ def verdict(raw: Raw) -> Verdict:
     """Apply RULE to raw numbers."""
     from statistics import mean
 
+    from tunesmith.evaluate.stats import paired_t
+
     statistics: dict[str, Any] = {}
     reasons: list[str] = []
     recovered, better = [], []
@@ -98,6 +100,8 @@ def verdict(raw: Raw) -> Verdict:
         better.append(fall >= 0.4 and d >= 0)
         gain = of[FULL]["test"] - base["test"]
         statistics[f"{task}: recovery"] = recovery
+        t = paired_t([row[GRAFT]["test"] - row[FULL]["test"] for row in rows])
+        statistics[f"{task}: accuracy, graft - fine-tuned"] = {"mean": t.mean, "low": t.low, "high": t.high, "n": t.n}
         statistics[f"{task}: share of the gain recovered"] = (of[GRAFT]["test"] - base["test"]) / gain if gain else None
         statistics[f"{task}: fall of ECE"] = fall
         statistics[f"{task}: shifted, graft - fine-tuned"] = d

@@ -147,6 +147,8 @@ def verdict(raw: Raw) -> Verdict:
     """Apply RULE to raw numbers."""
     from statistics import mean
 
+    from tunesmith.evaluate.stats import paired_t
+
     rows = raw["arms"]
     count = {arm: [r["intruders"] for r in rows[arm]] for arm in rows}
     eight, full = count[EIGHT], count[FULL]
@@ -165,7 +167,9 @@ def verdict(raw: Raw) -> Verdict:
         f"{100 * cut['control']:.0f} %, at a cost of {cost:.1f} points",
         f"test accuracies of full and LoRA r=8 are {apart:.1f} points apart",
     ]
+    t = paired_t([a - b for a, b in zip(eight, full, strict=True)])
     statistics = {
+        "intruders, LoRA r=8 - full": {"mean": t.mean, "low": t.low, "high": t.high, "n": t.n},
         "mean intruders": {arm: mean(v) for arm, v in count.items()}, "rise": rise, "cut": cut, "cost": cost,
         "accuracy apart": apart,
     }  # fmt: skip

@@ -101,6 +101,8 @@ def verdict(raw: Raw) -> Verdict:
     """Apply RULE to raw numbers."""
     from statistics import mean
 
+    from tunesmith.evaluate.stats import paired_t
+
     def values(arm: str, key: str) -> list[float]:
         return [row[key] for row in sorted(raw["arms"][arm], key=lambda row: row["seed"])]
 
@@ -140,6 +142,9 @@ def verdict(raw: Raw) -> Verdict:
     ]  # fmt: skip
     statistics: dict[str, Any] = {"OP gap": gap, "time saved": saved, "time claim": time, "half-reset": reset,
                                   "reset undone": undone, "reset kept": kept}  # fmt: skip
+    for key in ("BWT", "general", "OP"):
+        t = paired_t([a - b for a, b in zip(values(HFT, key), values(FULL, key), strict=True)])
+        statistics[f"{key}, {HFT} - {FULL}"] = {"mean": t.mean, "low": t.low, "high": t.high, "n": t.n}
     for arm in raw["arms"]:
         statistics[arm] = {key: mean(values(arm, key)) for key in ("OP", "BWT", "general", "step_seconds")}
     return Verdict(label, reasons, statistics)

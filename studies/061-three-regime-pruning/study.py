@@ -90,16 +90,18 @@ def run(ctx: Context) -> Raw:
 
 def verdict(raw: Raw) -> Verdict:
     """Apply RULE to raw numbers."""
-    from statistics import median
+    from statistics import mean, median
 
     from scipy.stats import binomtest
 
+    from tunesmith.evaluate.stats import paired_t
     from tunesmith.inspect.regimes import regime
 
     cells = raw["cells"]
     seeds = sorted({c["seed"] for c in cells})
     densities, epochs = (sorted({c[k] for c in cells}) for k in ("density", "epochs"))
     right, wrong, shifted = 0, 0, []
+    gains: dict[int, list[float]] = {s: [] for s in seeds}  # of the rule's move over the opposite one
     counts: dict[str, int] = {"I": 0, "II-A": 0, "II-B": 0}
     for seed in seeds:
         mine = {(c["epochs"], c["density"]): c for c in cells if c["seed"] == seed}
@@ -117,8 +119,13 @@ def verdict(raw: Raw) -> Verdict:
             named, other = (hotter, colder) if name == "I" else (colder, hotter)
             right += named < other
             wrong += named > other
+            gains[seed].append(other - named)
     p = float(binomtest(right, right + wrong, alternative="greater").pvalue) if right + wrong else 1.0
+    t = paired_t([mean(g) if g else 0.0 for g in gains.values()])
     statistics = {
+        "points of error that the rule's move gains over the opposite one, by dense seed": {
+            "mean": t.mean, "low": t.low, "high": t.high, "n": t.n
+        },
         "cells where the rule's move is better": right, "cells where the opposite move is better": wrong,
         "p of the sign test": p, "dense seeds with the predicted shift": sum(shifted),
         **{f"cells in regime {k}": v for k, v in counts.items()},

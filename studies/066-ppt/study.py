@@ -115,6 +115,8 @@ def verdict(raw: Raw) -> Verdict:
     """Apply RULE to raw numbers."""
     from statistics import mean
 
+    from tunesmith.evaluate.stats import paired_t
+
     def values(arm: str, key: str) -> list[float]:
         return [row[key] for row in sorted(raw["arms"][arm], key=lambda row: row["seed"])]
 
@@ -154,6 +156,9 @@ def verdict(raw: Raw) -> Verdict:
         statistics[arm] = {
             key: mean(values(arm, key)) for key in ("fidelity", "distance", "prior", "diversity", "obeyed")
         }
+    for key, other in (("fidelity", FULL), ("fidelity", RANDOM), ("distance", FULL), ("prior", FULL)):
+        t = paired_t([a - b for a, b in pairs(key, PPT, other)])
+        statistics[f"{key}, {PPT} - {other}"] = {"mean": t.mean, "low": t.low, "high": t.high, "n": t.n}
     return Verdict(label, reasons, statistics)
 
 

@@ -128,6 +128,8 @@ def verdict(raw: Raw) -> Verdict:
     """Apply RULE to raw numbers."""
     from statistics import mean
 
+    from tunesmith.evaluate.stats import paired_t
+
     rows = {arm: sorted(found, key=lambda r: r["seed"]) for arm, found in raw["arms"].items()}
 
     def ratios(a: str, b: str, what: str = "metric") -> list[float]:
@@ -141,7 +143,10 @@ def verdict(raw: Raw) -> Verdict:
         "one adapter, merged / together": ratios("merged, 1", "together, 1"),
         "together / padded": ratios("together, 64", "padded, 64"),
     }
-    statistics: dict[str, Any] = {name: mean(found) for name, found in pairs.items()}
+    statistics: dict[str, Any] = {}
+    for name, found in pairs.items():
+        t = paired_t(found)
+        statistics[name] = {"mean": t.mean, "low": t.low, "high": t.high, "n": t.n}
     statistics.update({f"{name}, worst seed": min(found) for name, found in pairs.items()})
     statistics["first token, together, 64, seconds"] = mean(r["first token"] for r in rows["together, 64"])
     statistics["first token, one at a time, 64, seconds"] = mean(r["first token"] for r in rows["one at a time, 64"])

@@ -129,4 +129,4 @@ def made_up(
 def test_verdict(study: Any, raw: dict[str, Any], label: str) -> None:
     found = study.verdict(raw)
     assert found.label == label
-    assert found.statistics["one adapter, merged / together"] > 1
+    assert found.statistics["one adapter, merged / together"]["mean"] > 1

@@ -14,6 +14,7 @@ import pytest
 from tunesmith.core.errors import DataError, TrainingError, UsageError
 from tunesmith.study import check, discover, find, load_results, load_study, readme, run_study, show, studies_md
 from tunesmith.study.cells import Cells
+from tunesmith.study.report import restate
 from tunesmith.study.spec import Verdict
 
 STUDY = """
@@ -142,6 +143,31 @@ def test_check_sees_a_tampered_result(root: Path, change: object, word: str) -> 
     change(result)  # type: ignore[operator]
     problems = check(result, study)
     assert any(word in problem for problem in problems), problems
+
+
+def test_statistics_may_be_added_after_the_run_and_nothing_else_changed(root: Path) -> None:
+    run_study(find("7", root))
+    file, study = root / "007-toy" / "result.json", root / "007-toy" / "study.py"
+    study.write_text(STUDY.replace('[f"mean gap', '[f"the mean gap'))
+    assert check(root / "007-toy")
+    raw = json.loads(file.read_text())["raw"]
+    restate(find("7", root))
+    found = json.loads(file.read_text())
+    assert check(root / "007-toy") == [] and found["raw"] == raw and found["reasons"][0].startswith("the mean gap")
+    study.write_text(STUDY.replace("min(gaps) > 0", "min(gaps) > 9"))
+    with pytest.raises(DataError, match="the raw numbers give 'inconclusive' now"):
+        restate(find("7", root))
+    study.write_text(STUDY.replace("every gap > 0", "every gap > 9"))
+    with pytest.raises(DataError, match="is not the one the result was judged by"):
+        restate(find("7", root))
+    assert json.loads(file.read_text()) == found
+
+
+def test_a_verdict_without_an_interval_is_refused_in_a_smoke_run(root: Path) -> None:
+    study = root / "007-toy" / "study.py"
+    study.write_text(STUDY.replace('"low": min(gaps), ', ""))
+    with pytest.raises(DataError, match="no statistic has a confidence interval"):
+        run_study(find("7", root), smoke=True)
 
 
 def test_check_sees_a_rule_changed_after_the_run(root: Path) -> None:

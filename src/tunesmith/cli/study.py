@@ -229,13 +229,24 @@ def show(
     epilog=examples("tunesmith study check --all", "tunesmith study check 37"),
 )
 def check(
-    which: Which = None, every: All = False, root: Root = None, as_json: Json = False, debug: Debug = False
+    which: Which = None,
+    every: All = False,
+    again: Annotated[
+        bool,
+        typer.Option("--restate", help="First write reasons and statistics anew; rule and verdict must be the same."),
+    ] = False,
+    root: Root = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> Result:
     """Recompute verdicts from the raw numbers of committed results, with the rules they were judged by."""
     from tunesmith.study import check as check_result
+    from tunesmith.study.report import restate
 
     checked: list[dict[str, Any]] = []
     for study in _chosen(which, every, _root(root)):
+        if again and (study.folder / "result.json").is_file():
+            restate(study)
         problems = check_result(study.folder, study) if (study.folder / "result.json").is_file() else ["has no result"]
         checked.append({"id": study.id, "study": study.name, "problems": problems})
     bad = [c for c in checked if c["problems"]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import DataError
+from tunesmith.study.cells import write_atomically
 from tunesmith.study.run import FORMAT, find, load_study, plain_json, raw_problems, verdict_json
 from tunesmith.study.spec import LABELS, Study, sha256_text
 
@@ -84,6 +85,26 @@ def check(
     problems += _identity_problems(result, study)
     problems += raw_problems(result["raw"], result["arms"], result["seeds"])
     return problems if problems else _verdict_problems(result, study)
+
+
+def restate(study: Study) -> dict[str, Any]:
+    """Write a result's reasons and statistics anew from its raw numbers, for statistics that were added after the run.
+
+    Raises DataError where the rule's text has changed since, or the verdict would.
+    """
+    file = study.folder / "result.json"
+    result = load_result(file)
+    if result.get("verdict_rule") != study.verdict_rule:
+        raise DataError(
+            "the verdict rule is not the one the result was judged by", where=str(file), hint="run it again"
+        )
+    again = verdict_json(study.verdict(json.loads(json.dumps(result["raw"]))))
+    if again["verdict"] != result["verdict"]:
+        what = f"the raw numbers give {again['verdict']!r} now, the result says {result['verdict']!r}"
+        raise DataError(what, where=str(file), hint="a verdict changes only with a new run")
+    result |= {**again, "verdict_sha256": study.verdict_sha256()}
+    write_atomically(file, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    return result
 
 
 def _shape_problems(result: Mapping[str, Any]) -> list[str]:

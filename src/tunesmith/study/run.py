@@ -112,6 +112,11 @@ def run_study(
         raise DataError("; ".join(problems), where=f"study {study.id}")
     elapsed = time.perf_counter() - start
     verdict = study.verdict(json.loads(json.dumps(raw)))
+    if not any(isinstance(s, Mapping) and {"mean", "low", "high"} <= s.keys() for s in verdict.statistics.values()):
+        hint = "the result of a full run needs one: see evaluate.stats.paired_t"
+        raise DataError(
+            "no statistic has a confidence interval (mean, low, high)", where=f"study {study.id}", hint=hint
+        )
     result = {
         "format": FORMAT,
         "id": study.id,
