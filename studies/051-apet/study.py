@@ -179,6 +179,8 @@ def verdict(raw: Raw) -> Verdict:
 
     import numpy as np
 
+    from tunesmith.evaluate.stats import paired_t
+
     scales, sizes, rows = list(raw["sizes"]), raw["sizes"], raw["test_rows"]
     seeds = range(len(next(iter(raw["arms"].values()))))
 
@@ -191,9 +193,14 @@ def verdict(raw: Raw) -> Verdict:
 
     tasks = [t for t in raw["tasks"][scales[0]] if all(learnt(s, t) for s in scales)]
     reasons = [f"tasks that full fine-tuning learns on every scale: {', '.join(tasks) or 'none'}"]
-    statistics: dict[str, Any] = {"parameters": sizes}
+    last = raw["tasks"][scales[-1]]
+    t = paired_t(
+        [of(scales[-1], task, "full", i)[0] - found["commonest"] for task, found in last.items() for i in seeds]
+    )
+    gained = {"mean": t.mean, "low": t.low, "high": t.high, "n": t.n}
+    statistics: dict[str, Any] = {"parameters": sizes, "largest model, full - commonest class": gained}
     if not tasks:
-        return Verdict("inconclusive", reasons, {**statistics, "slope": {"low": -1e9, "high": 1e9, "n": 0}})
+        return Verdict("inconclusive", reasons, statistics)
     settings = sorted(f for f in raw["tasks"][scales[0]][tasks[0]]["accuracy"] if f.startswith("arbitrary"))
     spread = {
         f: {
