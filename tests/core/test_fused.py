@@ -185,6 +185,26 @@ def test_plain_differences_train_through_one_product(dtype: torch.dtype, monkeyp
             assert torch.equal(base.model(x), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_rows_of_a_table_that_trains_are_those_of_the_summed_table(dtype: torch.dtype, padding: int | None) -> None:
+    g = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.randn(9, 4, generator=g, dtype=torch.float64).to(dtype)
+    difference = (0.01 * torch.randn(9, 4, generator=g, dtype=torch.float64)).to(wide).requires_grad_()
+    ids = torch.tensor([[1, 2, 1], [8, 2, 1]])
+    up = torch.randn(2, 3, 4, generator=g, dtype=torch.float64).to(dtype)
+    got = fused.rows(ids, table, difference, padding)
+    want = nn.functional.embedding(ids, fused.shifted(table, difference), padding)
+    assert got.dtype == dtype and torch.equal(got, want)
+    (mine,) = torch.autograd.grad(got, difference, up)
+    exact = torch.zeros(9, 4, dtype=torch.float64).index_add(0, ids.flatten(), up.double().flatten(0, 1))
+    if padding is not None:
+        exact[padding] = 0
+    assert mine.dtype == wide
+    torch.testing.assert_close(mine.double(), exact, rtol=1e-6, atol=1e-12)  # summed in the dtype of the difference
+
+
 class _Site:
     kind = "linear"
 

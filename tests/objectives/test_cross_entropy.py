@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.toys import toys
-from tunesmith.deltas import LoRA
+from tunesmith.deltas import Full, LoRA
 from tunesmith.objectives import SFT, cross_entropy
 from tunesmith.objectives.cross_entropy import head_loss, weight_loss
 
@@ -72,6 +74,31 @@ def test_a_head_that_trains_gets_its_gradient(
     assert only.shape == w.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_difference_of_a_frozen_head_gets_the_gradient(chunked: int, dtype: torch.dtype) -> None:
+    h, w, b, y = problem(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    d = torch.linspace(-0.1, 0.1, V * D, dtype=wide).reshape(V, D).requires_grad_()
+    b.requires_grad_()
+    loss = weight_loss(h, w, b, y, d)
+    got = torch.autograd.grad(1.5 * loss, (h, d, b))
+    leaves = [t.detach().double().requires_grad_() for t in (h, (w.to(wide) + d).to(dtype), b)]
+    plain = F.cross_entropy(F.linear(*leaves), y, reduction="sum")
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    assert loss.item() == pytest.approx(plain.item(), rel=tolerance)
+    assert [g.dtype for g in got] == [dtype, wide, dtype]
+    for g, want in zip(got, torch.autograd.grad(1.5 * plain, leaves), strict=True):
+        torch.testing.assert_close(g.double(), want, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_the_gradient_of_a_head_can_be_asked_for_twice() -> None:
+    h, w, _, y = problem(torch.float32)
+    d = torch.zeros(V, D, requires_grad=True)
+    loss = 2.0 * weight_loss(h, w, None, y, d)
+    one = torch.autograd.grad(loss, (h, d), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (h, d)), one, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_adapted_head_equals_cross_entropy(chunked: int, bias: bool) -> None:
     h, w, b, y = problem(torch.float64)
@@ -102,16 +129,18 @@ def direct(base: Base, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
-@pytest.mark.parametrize("targets", ["attention.q,attention.v", "embed", "head"])
-def test_sft_equals_the_full_logits(chunked: int, tied: bool, targets: str) -> None:
-    """LoRA away from the head, on the embedding (which is the head where tied) and on the head itself."""
+@pytest.mark.parametrize(
+    "method", [*(LoRA(rank=2, targets=t) for t in ("attention.q,attention.v", "embed", "head")), Full()], ids=str
+)
+def test_sft_equals_the_full_logits(chunked: int, tied: bool, method: Any) -> None:
+    """LoRA away from the head, on the embedding (which is the head where tied) and on the head itself; everything."""
     base = toys()[int(tied)]
     base.model.double()
     g = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 37, (3, 6), generator=g)
     labels = torch.where(torch.rand(3, 6, generator=g) < 0.4, -100, ids)
     batch = {"input_ids": ids, "labels": labels}
-    delta = Delta.create(base, LoRA(rank=2, targets=targets))
+    delta = Delta.create(base, method)
     delta.double()
     with torch.no_grad():
         for _, t in delta.items():

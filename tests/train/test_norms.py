@@ -11,7 +11,7 @@ from serve_cases import tiny_llama
 from torch import Tensor, nn
 
 from tunesmith.core.delta import Delta
-from tunesmith.deltas import LoRA, NormTuning
+from tunesmith.deltas import SSF, Full, LoRA, NormTuning
 from tunesmith.train.norms import epsilon_of, fused_norms, rms_norm
 
 
@@ -86,8 +86,37 @@ def test_a_language_model_has_the_same_outputs_and_gradients() -> None:
     assert not any("forward" in m.__dict__ for m in base.model.modules())
 
 
-def test_a_norm_that_a_delta_acts_on_runs_as_it_is() -> None:
+def test_a_weight_that_trains_by_differences_gets_its_gradient() -> None:
+    x, w, up = (
+        torch.randn(s, generator=torch.Generator().manual_seed(i)).double()
+        for i, s in enumerate(((2, 5, 6), 6, (2, 5, 6)))
+    )
+    leaves, others = ([t.clone().requires_grad_() for t in (x, w)] for _ in range(2))
+    plain = others[1] * others[0] * torch.rsqrt(others[0].pow(2).mean(-1, keepdim=True) + 0.1)
+    got = torch.autograd.grad(rms_norm(*leaves, 0.1), leaves, up)
+    for a, b in zip(got, torch.autograd.grad(plain, others, up), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    (alone,) = torch.autograd.grad(rms_norm(x, leaves[1], 0.1), leaves[1], up)  # an input that nothing asks of
+    torch.testing.assert_close(alone, got[1])
+
+
+@pytest.mark.parametrize("method", [NormTuning(), Full()], ids=lambda m: type(m).__name__)
+def test_norms_that_train_by_differences_take_the_same_path(method: Any) -> None:
     base = tiny_llama()
-    delta = Delta.create(base, NormTuning())
+    delta = Delta.create(base, method)
+    with torch.no_grad():
+        for _, t in delta.items():
+            t.add_(0.02)
+    found, z, grads = outcome(base, delta, fast=True)
+    _, want, expected = outcome(base, delta, fast=False)
+    assert len(found) >= 3 and torch.equal(z, want)
+    for g, other in zip(grads, expected, strict=True):
+        assert float((g - other).norm()) < 1e-4 * max(1e-3, float(other.norm()))
+
+
+def test_a_norm_that_another_method_acts_on_runs_as_it_is() -> None:
+    base = tiny_llama()
+    delta = Delta.create(base, SSF(targets="norm"))
+    taken = {p for p in delta.parts[0].paths if base.sites[p].kind == "norm"}
     with base.frozen(), base.using(delta), fused_norms(base) as found:
-        assert found == []
+        assert taken and not taken & set(found)

@@ -186,9 +186,9 @@ class _Weight:
         if site.held and not any("weight" in touched(a) for a in self.actions):
             return self.shifted(*args, **kwargs)
         old = site.params()
-        moved = moved_params(self.actions, old)
+        moved = plain_differences(self.actions, old)
         if moved is not None:
-            return call_with(site, {**old, **moved}, args, kwargs)
+            return moved_call(site, old, moved, args, kwargs)
         new = folded(self.actions, old)
         change: Tensor | None = None
         if self.apart and "weight" in old and old["weight"].dtype in _NARROW:
@@ -213,8 +213,8 @@ class _Weight:
         return y + (new if bias is None else new - wide(bias)).to(y.dtype)
 
 
-def moved_params(actions: list[Action], old: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The parameters that a single part of plain differences changes, in the dtype of the base, or None.
+def plain_differences(actions: list[Action], old: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What a single part of plain differences adds to each parameter, where the sum may take the parameter's place; or None.
 
     A weight in half precision is rounded to its digits this way, which loses the smallest changes from the output. A
     training step can bear that, as mixed precision everywhere does: the difference itself is in fp32. What is measured
@@ -235,7 +235,17 @@ def moved_params(actions: list[Action], old: Mapping[str, Tensor]) -> dict[str, 
     found = {n: u for n, u in method.differences(a.site, a.tensors).items() if n in old}
     if any(n in a.site.module._buffers or not isinstance(u, Dense) or old[n].requires_grad for n, u in found.items()):
         return None
-    return {n: fused.shifted(old[n], u.value) for n, u in found.items()}
+    return {n: u.value for n, u in found.items()}
+
+
+def moved_call(
+    site: Site, old: Mapping[str, Tensor], moved: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The site's module with plain differences `moved` added to its parameters `old`."""
+    m: Any = site.module
+    if type(m).forward is nn.Embedding.forward and m.max_norm is None and not (m.sparse or m.scale_grad_by_freq):
+        return fused.rows(first_tensor(args, kwargs)[0], old["weight"], moved["weight"], m.padding_idx)
+    return call_with(site, {**old, **{n: fused.shifted(old[n], d) for n, d in moved.items()}}, args, kwargs)
 
 
 def touched(a: Action) -> tuple[str, ...]:

@@ -60,13 +60,43 @@ def shifted(old: Tensor, difference: Tensor) -> Tensor:
     return y
 
 
+def rounded_sum(old: Tensor, difference: Tensor) -> Tensor:
+    """Their sum in the wider dtype of the two, rounded to the dtype of `old`."""
+    if old.dtype.itemsize < difference.dtype.itemsize:  # a sum of two dtypes takes three times as long
+        return old.to(difference.dtype).add_(difference).to(old.dtype)
+    return (old + difference).to(old.dtype)
+
+
+def rows(ids: Tensor, table: Tensor, difference: Tensor, padding: int | None = None) -> Tensor:
+    """The rows `ids` [...] of a frozen table [V, d] plus a difference of it that may train, as [..., d] in the table's dtype.
+
+    The bits of `F.embedding` on `shifted`, but the sum is made for these rows alone, and the gradient is summed up in the
+    dtype of the difference. The row `padding` gets none.
+    """
+    y: Tensor = _Rows.apply(ids, table, difference, padding)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table: Tensor, difference: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.like, ctx.padding = (len(difference), difference.dtype), -1 if padding is None else padding
+        return rounded_sum(F.embedding(ids, table), F.embedding(ids, difference))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        count, dtype = ctx.like
+        up = torch.ops.aten.embedding_dense_backward(grads[0].to(dtype), ids, count, ctx.padding, False)
+        return None, None, up, None
+
+
 class _Shifted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, old: Tensor, difference: Tensor) -> Tensor:
         ctx.dtype = difference.dtype
-        if old.dtype.itemsize < difference.dtype.itemsize:  # a sum of two dtypes takes three times as long
-            return old.to(difference.dtype).add_(difference).to(old.dtype)
-        return (old + difference).to(old.dtype)
+        return rounded_sum(old, difference)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.algebra import wide
 from tunesmith.core.apply import checkpoint_contexts
+from tunesmith.core.fused import rounded_sum
 
 CHUNK_ELEMENTS = 16_000_000  # logits held at once: 64 MB in fp32
 TILE_ELEMENTS = 400_000  # logits worked on at once: 1.6 MB in fp32, which stays in the cache
@@ -26,31 +27,35 @@ class _Head(torch.autograd.Function):
     """sum_i -log softmax(W h_i + b)[y_i]: gradients are made in the forward pass, those of W and b where they train.
 
     A chunk of logits is one product in the dtype of the products; softmax runs over it in tiles of rows that fit in the
-    processor's cache, in fp32 or wider, and leaves p - 1[y] in the place of the logits for the product back.
+    processor's cache, in fp32 or wider, and leaves p - 1[y] in the place of the logits for the product back. With a
+    `difference` W is the sum of a frozen weight and of it, and the difference gets the gradient, in its own dtype.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, elements: int, tile: int
-    ) -> Tensor:
+        ctx: Any, h: Tensor, weight: Tensor, difference: Tensor | None, bias: Tensor | None, y: Tensor, elements: int,
+        tile: int,
+    ) -> Tensor:  # fmt: skip
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        dtypes = (h.dtype, weight.dtype, None if bias is None else bias.dtype)
-        narrow, weight = h.detach().to(dtype), weight.detach().to(dtype)
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (h, weight, difference, bias))
+        whole = weight.detach() if difference is None else rounded_sum(weight.detach(), difference.detach())
+        narrow, whole = h.detach().to(dtype), whole.to(dtype)
         bias = None if bias is None else bias.detach().to(dtype)
-        V = weight.shape[0]
+        V, trains = len(whole), any(ctx.needs_input_grad[1:3])
+        if trains and dtype.itemsize < _accumulator(h).itemsize:
+            elements = max(elements, 2 * whole.numel())  # logits of no more bytes than the gradient in fp32
         rows, short = max(1, min(elements // V, len(h))), max(1, tile // V)
-        need = any(ctx.needs_input_grad[:3])
+        need = any(ctx.needs_input_grad[:4])
         grad = torch.empty_like(narrow) if ctx.needs_input_grad[0] else None
-        # over the chunks in fp32 or wider
-        up = torch.zeros_like(weight, dtype=_accumulator(h)) if ctx.needs_input_grad[1] else None
-        shift = torch.zeros(V, dtype=_accumulator(h), device=h.device) if ctx.needs_input_grad[2] else None
+        up: Tensor | None = None  # of W; over several chunks in fp32 or wider
+        shift = torch.zeros(V, dtype=_accumulator(h), device=h.device) if ctx.needs_input_grad[3] else None
         total = torch.zeros((), dtype=_accumulator(h), device=h.device)
         held = torch.empty(rows, V, dtype=dtype, device=h.device)  # [n, V]
         for i in range(0, len(h), rows):
             part = narrow[i : i + rows]
             logits = held[: len(part)]
-            torch.mm(part, weight.T, out=logits)
+            torch.mm(part, whole.T, out=logits)
             if bias is not None:
                 logits += bias
             for j in range(0, len(part), short):
@@ -58,23 +63,33 @@ class _Head(torch.autograd.Function):
                 target = y[i + j : i + j + len(some), None]
                 total += _to_softmax(some, target, need)
             if grad is not None:
-                torch.mm(logits, weight, out=grad[i : i + rows])
-            if up is not None:
-                up += logits.T @ part
+                torch.mm(logits, whole, out=grad[i : i + rows])
+            if trains:
+                up = _plus_product(up, logits.T, part, _accumulator(h))
             if shift is not None:
                 shift += logits.sum(0, dtype=shift.dtype)
+        if trains and up is None:
+            up = torch.zeros_like(whole)
+        ctx.at = [0] * (grad is not None) + [1 if difference is None else 2] * trains + [3] * (shift is not None)
         ctx.save_for_backward(*(g for g in (grad, up, shift) if g is not None))
-        ctx.dtypes = dtypes
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        found: list[Tensor | None] = []
-        for needed, dtype in zip(ctx.needs_input_grad[:3], ctx.dtypes, strict=True):
-            g = next(saved) if needed else None
-            found.append(None if g is None else (g * outputs[0].to(g.dtype)).to(dtype))
-        return *found, None, None, None
+        found: list[Tensor | None] = [None] * 7
+        for i, g in zip(ctx.at, ctx.saved_tensors, strict=True):
+            made = g.to(ctx.dtypes[i])
+            found[i] = made * outputs[0].to(made.dtype) if made is g else made.mul_(outputs[0])
+        return tuple(found)
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """total + a b; the first product stays in its own dtype, sums of several are at least `wide`."""
+    if total is None:
+        return a @ b
+    if total.dtype == a.dtype and a.dtype.itemsize >= wide.itemsize:
+        return total.addmm_(a, b)
+    return total.to(wide).add_((a @ b).to(wide))
 
 
 def _to_softmax(logits: Tensor, target: Tensor, need: bool) -> Tensor:
@@ -92,13 +107,16 @@ def _to_softmax(logits: Tensor, target: Tensor, need: bool) -> Tensor:
     return loss
 
 
-def weight_loss(h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+def weight_loss(
+    h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, difference: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Summed cross-entropy of hidden states h [N, d] under a head W [V, d] and b [V], frozen or trained, with labels y [N].
 
-    Products run in the dtype of the head, or in autocast's; the rest in fp32 (fp64 for a base in fp64).
+    With `difference` [V, d] the head is a frozen `weight` plus it, rounded to the dtype of the weight. Products run in the
+    dtype of the head, or in autocast's; the rest in fp32 (fp64 for a base in fp64).
     """
     tile = TILE_ELEMENTS if h.device.type == "cpu" else CHUNK_ELEMENTS  # a GPU has no use for many small kernels
-    return _Head.apply(h, weight, bias, y, CHUNK_ELEMENTS, tile)
+    return _Head.apply(h, weight, difference, bias, y, CHUNK_ELEMENTS, tile)
 
 
 def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], y: Tensor, width: int) -> Tensor:

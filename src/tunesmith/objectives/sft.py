@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tunesmith.core.algebra import wide
 from tunesmith.core.apply import current
 from tunesmith.core.base import Base
-from tunesmith.core.carriers import moved_params
+from tunesmith.core.carriers import plain_differences
 from tunesmith.core.features import features
+from tunesmith.core.fused import shifted
 from tunesmith.core.objective import objective
 from tunesmith.core.trace import primary
 from tunesmith.objectives.cross_entropy import head_loss, weight_loss
@@ -53,10 +54,10 @@ class SFT:
         if not (head.held or head.transposed):
             own = {n: p for n, p in head.module._parameters.items() if p is not None}
             actions = app.plan.get(head.path) if app is not None else None
-            moved = moved_params(actions, own) if actions else {}
+            moved = plain_differences(actions, own) if actions else {}
             if moved is not None:  # nothing acts on the head, or plain differences of its weight and bias do
-                own.update(moved)
-                return weight_loss(hidden, own["weight"], own.get("bias"), labels[keep])
+                bias = shifted(own["bias"], moved["bias"]) if "bias" in moved else own.get("bias")
+                return weight_loss(hidden, own["weight"], bias, labels[keep], moved.get("weight"))
         return head_loss(hidden, head.module, labels[keep], head.shape[0])
 
 

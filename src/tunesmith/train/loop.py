@@ -30,13 +30,11 @@ from tunesmith.train import checkpoint as ckpt
 from tunesmith.train import sharding
 from tunesmith.train.agreement import Agreement
 from tunesmith.train.anchor import Anchor
-from tunesmith.train.attention import BlockAttention
 from tunesmith.train.cached import Prefix
 from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
 from tunesmith.train.journal import jsonable, truncate
-from tunesmith.train.modes import recomputing, stop_signals, training_mode
-from tunesmith.train.norms import fused_norms
+from tunesmith.train.modes import fast_paths, recomputing, stop_signals, training_mode
 from tunesmith.train.processes import accelerator, agreed, anywhere
 from tunesmith.train.progress import Reporter
 from tunesmith.train.surgery import Now
@@ -117,9 +115,7 @@ def fit(
         if config.gradient_checkpointing:
             stack.enter_context(recomputing(used))
         stack.enter_context(used.using(delta))
-        stack.enter_context(fused_norms(used))
-        if parse(config.precision, base.device) == torch.bfloat16 and base.device.type == "cpu":
-            stack.enter_context(BlockAttention())
+        stack.enter_context(fast_paths(used, config.precision))
         return _Loop(used, delta, task, config, processes, validation, out, resume, progress, score, on_step).run()
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is different only while a run lasts: module modes, recomputation, and how signals are taken."""
+"""What is different only while a run lasts: module modes, fast paths, recomputation, and how signals are taken."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from tunesmith.core.apply import checkpoint_contexts
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import UsageError
+from tunesmith.core.memory import keeping_memory
 from tunesmith.models.precision import parse
+from tunesmith.train.attention import BlockAttention
+from tunesmith.train.norms import fused_norms
 
 
 @contextmanager
@@ -40,6 +43,18 @@ def measuring(base: Base, precision: str) -> Iterator[None]:
     half = parse(precision, base.device) == torch.bfloat16 and base.dtype == torch.float32
     quick = torch.autocast(base.device.type, torch.bfloat16) if half else nullcontext()
     with base.evaluating(), torch.no_grad(), quick:
+        yield
+
+
+@contextmanager
+def fast_paths(base: Base, precision: str) -> Iterator[None]:
+    """Norms in one pass; on the CPU, memory that is used again, and in bf16 attention by blocks. Call under the delta."""
+    with ExitStack() as stack:
+        stack.enter_context(fused_norms(base))
+        if base.device.type == "cpu":
+            stack.enter_context(keeping_memory())
+            if parse(precision, base.device) == torch.bfloat16:
+                stack.enter_context(BlockAttention())
         yield
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMS norms of a frozen base in one pass.
+"""RMS norms in one pass, frozen or with a weight that trains by plain differences.
 
-    y = w * x r,  r = (mean(x^2) + eps)^(-1/2),    dL/dx = r (h - x r mean(h x r)),  h = g w
+    y = w * x r,  r = (mean(x^2) + eps)^(-1/2),    dL/dx = r (h - x r mean(h x r)),  h = g w,    dL/dw = sum g x r
 
 in fp32, rounded to the dtype of x before the product with w, as the modules of transformers do it. Written out in small
 operations a norm keeps three copies of its input for backward, two of them in fp32; here it keeps x and r.
@@ -21,21 +21,24 @@ from torch import Tensor, nn
 
 from tunesmith.core.apply import Answer, answering, current
 from tunesmith.core.base import Base
+from tunesmith.core.carriers import plain_differences
+from tunesmith.core.fused import shifted
+from tunesmith.core.sites import Site
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 
 
 @contextmanager
 def fused_norms(base: Base) -> Iterator[list[str]]:
-    """Within the block the RMS norms that nothing acts on run in one pass; gives their paths."""
+    """Within the block the RMS norms that only plain differences act on, or nothing, run in one pass; gives their paths."""
     app = current(base)
     taken = app.plan if app is not None else {}
     answers: dict[str, Answer] = {}
     for site in base.sites.all():
-        if site.kind == "norm" and site.path not in taken:
+        if site.kind == "norm" and all(hasattr(a.part.method, "differences") for a in taken.get(site.path, [])):
             eps = epsilon_of(site.module)
             if eps is not None:
-                answers[site.path] = _answer(site.module, eps)
+                answers[site.path] = _answer(base, site, eps)
     if not answers:
         yield []
         return
@@ -76,16 +79,24 @@ def epsilon_of(module: nn.Module) -> float | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., d] over its root mean square, times a frozen weight [d], in the dtype of both."""
+    """x [..., d] over its root mean square, times a weight [d], in the dtype of both."""
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
 
-def _answer(module: Any, eps: float) -> Answer:
+def _answer(base: Base, site: Site, eps: float) -> Answer:
+    module: Any = site.module
+
     def answer(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dtype == module.weight.dtype:
-            return rms_norm(args[0], module.weight, eps)
-        return inner(*args, **kwargs)
+        weight = module.weight
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dtype != weight.dtype:
+            return inner(*args, **kwargs)
+        app = current(base)
+        actions = app.plan.get(site.path) if app is not None else None
+        moved = plain_differences(actions, {"weight": weight}) if actions else {}
+        if moved is None:
+            return inner(*args, **kwargs)
+        return rms_norm(args[0], shifted(weight, moved["weight"]) if moved else weight, eps)
 
     return answer
 
@@ -99,9 +110,14 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * r).to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, r, weight = ctx.saved_tensors
-        h = (grads[0] * weight).to(torch.float32)
         n = x.to(torch.float32) * r  # x r
+        up: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            up = (grads[0] * n).flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, up, None
+        h = (grads[0] * weight).to(torch.float32)
         h.addcmul_(n, (h * n).mean(-1, keepdim=True), value=-1.0)
-        return h.mul_(r).to(x.dtype), None, None
+        return h.mul_(r).to(x.dtype), up, None
