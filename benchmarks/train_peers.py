@@ -221,10 +221,10 @@ class Ordered(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def padded(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
-    """A batch padded on the right to a multiple of 8; pictures are stacked."""
+    """A batch padded on the right to its longest row; pictures are stacked."""
     if "pixel_values" in rows[0]:
         return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
-    width = -(-max(len(r["input_ids"]) for r in rows) // 8) * 8
+    width = max(len(r["input_ids"]) for r in rows)
 
     def filled(key: str, fill: int) -> Tensor:
         return torch.tensor([list(r[key]) + [fill] * (width - len(r[key])) for r in rows])

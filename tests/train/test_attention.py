@@ -14,6 +14,7 @@ from tunesmith.core.delta import Delta
 from tunesmith.deltas import LoRA
 from tunesmith.train import attention
 from tunesmith.train.attention import BlockAttention, block_attention
+from tunesmith.train.dropout import dropped, scale
 
 
 def made(B: int, H: int, T: int, S: int, d: int = 16) -> list[Tensor]:
@@ -68,6 +69,39 @@ def test_as_near_to_the_exact_product_as_torch(
             assert gap < 0.02 * size
 
 
+@pytest.mark.parametrize("B, H, T, S, kind", [c for c in CASES if c[3] > 1])
+def test_dropout_equals_the_plain_form_under_the_same_mask(B: int, H: int, T: int, S: int, kind: str) -> None:
+    *qkv, up = made(B, H, T, S)
+    mask, causal = masks(kind, B, H, T, S), kind == "causal"
+    drop, kept = dropped((B * H, T, S), 0.3), scale(0.3)
+    leaves = [t.clone().requires_grad_() for t in qkv]
+    q, k, v = exact = [t.double().requires_grad_() for t in qkv]
+    got = block_attention(*leaves, mask, causal, 16**-0.5, drop, kept)
+    scores = q @ k.transpose(-1, -2) * 16**-0.5
+    if causal:
+        scores = scores.masked_fill(~torch.ones(T, S, dtype=torch.bool).tril(), -torch.inf)
+    elif mask is not None:
+        scores = scores.masked_fill(~mask, -1e30) if mask.dtype == torch.bool else scores + mask.double()
+    want = scores.softmax(-1).masked_fill(drop.view(B, H, T, S), 0.0) * kept @ v
+    grads = [torch.autograd.grad(o, ls, up.to(o.dtype)) for o, ls in ((got, leaves), (want, exact))]
+    for a, b in [(got, want), *zip(*grads, strict=True)]:
+        assert float((a.double() - b).detach().norm()) < 0.02 * float(b.detach().norm())
+
+
+def test_dropout_draws_from_the_generator_and_drops_the_share_asked_for() -> None:
+    q, k, v, _ = made(4, 4, 60, 60)
+    v.fill_(1.0)  # each output is then the sum of the weights that stay
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        with BlockAttention() as mode:
+            found.append(F.scaled_dot_product_attention(q, k, v, dropout_p=0.25))
+        assert mode.taken == 1
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert float(found[0].float().mean()) == pytest.approx(1.0, abs=0.03)
+    assert float(found[0].float().std()) > 0.02
+
+
 def test_a_row_that_sees_nothing_gives_numbers() -> None:
     q, k, v, up = made(1, 1, 4, 4)
     leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -90,7 +124,7 @@ def test_nothing_of_the_size_of_the_scores_is_kept() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"dropout_p": 0.1},
+        {"dropout_p": 1.0},
         {"dtype": torch.float32},
         {"attn_mask": torch.zeros(1, 1, 6, 6, requires_grad=True)},
         {"flat": True},

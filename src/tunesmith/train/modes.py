@@ -18,6 +18,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.memory import keeping_memory
 from tunesmith.models.precision import parse
 from tunesmith.train.attention import BlockAttention
+from tunesmith.train.dropout import quick_dropouts
 from tunesmith.train.norms import fused_norms
 
 
@@ -48,11 +49,12 @@ def measuring(base: Base, precision: str) -> Iterator[None]:
 
 @contextmanager
 def fast_paths(base: Base, precision: str) -> Iterator[None]:
-    """Norms in one pass; on the CPU, memory that is used again, and in bf16 attention by blocks. Call under the delta."""
+    """Norms in one pass; on the CPU memory that is used again, dropout, and in bf16 attention. Call it under the delta."""
     with ExitStack() as stack:
         stack.enter_context(fused_norms(base))
         if base.device.type == "cpu":
             stack.enter_context(keeping_memory())
+            stack.enter_context(quick_dropouts(base))
             if parse(precision, base.device) == torch.bfloat16:
                 stack.enter_context(BlockAttention())
         yield

@@ -84,7 +84,8 @@ def prepare(base: Base, dataset: Dataset, config: TrainConfig, *, system: str | 
         check_packing(base.model)
         packed = pack(encoded.rows, length)
         return Prepared(PackedTask(packed, objective, pad, base.dtype), head, layout, share, notes)
-    return Prepared(RowTask(encoded.rows, objective, pad, _token_inputs(base)), head, layout, share, notes)
+    multiple = 8 if base.device.type == "cuda" else None  # tensor cores want it; a CPU pays for every position
+    return Prepared(RowTask(encoded.rows, objective, pad, _token_inputs(base), multiple), head, layout, share, notes)
 
 
 def context_length(base: Base) -> int:

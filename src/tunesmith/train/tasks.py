@@ -33,12 +33,13 @@ class Task(Protocol):
 
 @dataclass
 class RowTask:
-    """Encoded rows (token lists, or arrays with labels), bucketed by length."""
+    """Encoded rows (token lists, or arrays with labels), bucketed by length, padded to a multiple of `pad_to`."""
 
     rows: Sequence[dict[str, Any]]
     objective: Objective
     pad_id: int = 0
     prepare: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None
+    pad_to: int | None = 8
     lengths: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ class RowTask:
         return plan_epoch(self.lengths, batch_size, seed=seed, epoch=epoch, longest_first=epoch == 0)
 
     def batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
-        made = collate([self.rows[i] for i in indices], pad_id=self.pad_id)
+        made = collate([self.rows[i] for i in indices], pad_id=self.pad_id, pad_to=self.pad_to)
         return self.prepare(made) if self.prepare else made
 
     def tokens(self, indices: Sequence[int]) -> int:
