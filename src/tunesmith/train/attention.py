@@ -102,13 +102,25 @@ def block_attention(
 def _blocks(
     N: int, T: int, S: int, H: int, bias: Tensor | None, causal: bool
 ) -> Iterator[tuple[slice, slice, int, Any]]:
-    """(rows of N, queries, keys seen, what is added to the scores or None)."""
+    """(rows of N, queries, keys seen, what is added to the scores or None: [n, t, s], or [n / H, H, t, s])."""
     triangle = torch.full((BLOCK, BLOCK), -math.inf, dtype=torch.bfloat16).triu(1) if causal else None
     alone = bias is not None and (bias.shape[0] > 1 or bias.shape[1] > 1)  # rows of N differ in what is added
     for start in range(0, T, BLOCK):
         end = min(T, start + BLOCK)
         seen = end if causal else S
         at_once = max(1, ELEMENTS // ((end - start) * seen))
+        if bias is not None and alone and at_once >= H:  # whole rows of the batch at a time
+            some = at_once // H
+            for b in range(0, N // H, some):
+                last = min(b + some, N // H)
+                wide = bias[b:last] if bias.shape[0] > 1 else bias  # [n or 1, 1 or H, 1 or T, 1 or S]
+                yield (
+                    slice(b * H, last * H),
+                    slice(start, end),
+                    seen,
+                    wide[:, :, start:end] if wide.shape[2] > 1 else wide,
+                )
+            continue
         groups = [(i, min(i + H, N)) for i in range(0, N, H)] if alone else [(0, N)]
         for first, last in groups:
             for n in range(first, last, at_once):
@@ -123,10 +135,11 @@ def _blocks(
                 yield rows, slice(start, end), seen, more
 
 
-def _weights(q: Tensor, k: Tensor, more: Tensor | None, causal: bool) -> Tensor:
+def _weights(q: Tensor, k: Tensor, more: Tensor | None, causal: bool, H: int) -> Tensor:
     s = torch.bmm(q, k.transpose(1, 2))  # [n, t, s]
     if more is not None:
-        (s[:, :, -more.shape[-1] :] if causal else s).add_(more)
+        seen = s[:, :, -more.shape[-1] :] if causal else s if more.dim() == 3 else s.view(-1, H, *s.shape[1:])
+        seen.add_(more)
     return torch.softmax(s, -1)
 
 
@@ -138,7 +151,7 @@ class _Blocks(torch.autograd.Function):
         N, T, _ = q.shape
         out = q.new_empty(N, T, v.shape[2])
         for rows, at, seen, more in _blocks(N, T, k.shape[1], H, bias, causal):
-            P = _weights(q[rows, at], k[rows, :seen], more, causal)
+            P = _weights(q[rows, at], k[rows, :seen], more, causal, H)
             if drop is not None:
                 P.masked_fill_(drop[rows, at, :seen], 0.0)
             out[rows, at] = torch.bmm(P, v[rows, :seen])
@@ -153,7 +166,7 @@ class _Blocks(torch.autograd.Function):
         gq, gk, gv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, at, seen, more in _blocks(*q.shape[:2], k.shape[1], ctx.H, bias, ctx.causal):
             some, keys, values, up = q[rows, at], k[rows, :seen], v[rows, :seen], g[rows, at]
-            P = _weights(some, keys, more, ctx.causal)
+            P = _weights(some, keys, more, ctx.causal, ctx.H)
             dP = torch.bmm(up, values.transpose(1, 2))
             left = P
             if drop is not None:
