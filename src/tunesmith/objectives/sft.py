@@ -21,9 +21,9 @@ from tunesmith.core.base import Base
 from tunesmith.core.carriers import plain_differences
 from tunesmith.core.features import features
 from tunesmith.core.fused import shifted
+from tunesmith.core.head_loss import head_loss, weight_loss
 from tunesmith.core.objective import objective
 from tunesmith.core.trace import primary
-from tunesmith.objectives.cross_entropy import head_loss, weight_loss
 
 IGNORED = -100
 

@@ -16,17 +16,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.core.algebra import wide
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
-from tunesmith.core.errors import UsageError
-from tunesmith.core.trace import primary
+from tunesmith.train.divergence import divergence
 from tunesmith.train.tasks import Task, moved, outputs
 
 EPSILON = 1e-8
@@ -79,24 +77,9 @@ class Agreement:
 
     def divergence(self, batch: Any) -> tuple[Tensor, int]:
         """KL(base || base + delta) summed over the batch's rows, or real tokens, and how many there are."""
-        with torch.no_grad(), self.delta.off(), self.base.evaluating():
-            teacher = self._logits(batch)
-        student = self._logits(batch)
-        if teacher.shape != student.shape or student.dim() < 2 or student.shape[-1] < 2:
-            what = f"the base gives {list(teacher.shape)}, with the delta {list(student.shape)}"
-            hint = "it needs a delta that leaves the meaning of the outputs alone (no new head), and classes or tokens"
-            raise UsageError(what, where="gradient_dropout", hint=hint)
         keep = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if keep is not None and keep.shape == student.shape[:-1]:
-            teacher, student = teacher[keep.bool()], student[keep.bool()]
-        p, q = (F.log_softmax(wide(z), dim=-1).flatten(0, -2) for z in (teacher, student))
-        return F.kl_div(q, p, reduction="sum", log_target=True), len(q)
-
-    def _logits(self, batch: Any) -> Tensor:
-        found = primary(outputs(self.task, self.base, batch))
-        if found is None:
-            raise UsageError("the model's output holds no tensor", where="gradient_dropout")
-        return found
+        run = partial(outputs, self.task, self.base, batch)
+        return divergence(self.base, self.delta, run, keep, where="gradient_dropout")
 
 
 def _seed(seed: int, step: int) -> int:

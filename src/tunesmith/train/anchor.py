@@ -10,14 +10,13 @@ nothing is copied. What is measured afterwards (the retention panel) is other te
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import UsageError
-from tunesmith.core.trace import primary
 from tunesmith.evaluate.generate import generate
+from tunesmith.train.divergence import divergence
 
 # Common first words of English sentences; a conversation is begun by the tokenizer's own start token.
 _OPENINGS = [
@@ -68,17 +67,8 @@ class Anchor:
         """weight * KL in fp32 for the rows of one step; its gradient reaches the delta alone."""
         at = [(step * PER_STEP + i) % len(self.rows) for i in range(PER_STEP)]
         ids = self.rows[at]
-        with torch.no_grad(), self.delta.off(), self.base.evaluating():
-            teacher = F.log_softmax(_logits(self.base, ids), dim=-1)
-        student = F.log_softmax(_logits(self.base, ids), dim=-1)
-        kl = F.kl_div(student.flatten(0, 1), teacher.flatten(0, 1), reduction="batchmean", log_target=True)
-        return self.weight * kl
-
-
-def _logits(base: Base, ids: Tensor) -> Tensor:
-    found = primary(base.model(input_ids=ids))
-    assert found is not None
-    return found.float()
+        total, tokens = divergence(self.base, self.delta, lambda: self.base.model(input_ids=ids), where="anchor")
+        return self.weight * total.float() / tokens
 
 
 @torch.no_grad()

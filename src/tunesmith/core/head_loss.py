@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy of a linear head over supervised positions only, in chunks, without ever holding all logits."""
+"""Losses over the outputs of a linear head, from what the head reads: in chunks, without ever holding all logits.
+
+Cross-entropy with labels, and the divergence from a teacher that has the same head: sum_i KL(p(t_i) || p(h_i)).
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,14 @@ class _Head(torch.autograd.Function):
 
     A chunk of logits is one product in the dtype of the products; softmax runs over it in tiles of rows that fit in the
     processor's cache, in fp32 or wider, and leaves p - 1[y] in the place of the logits for the product back. With a
-    `difference` W is the sum of a frozen weight and of it, and the difference gets the gradient, in its own dtype.
+    `difference` W is the sum of a frozen weight and of it, and the difference gets the gradient, in its own dtype. With a
+    `teacher` (what the frozen weight reads for each row, and its bias) the loss is the divergence, and p - p_teacher is left.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, weight: Tensor, difference: Tensor | None, bias: Tensor | None, y: Tensor, elements: int,
-        tile: int,
+        ctx: Any, h: Tensor, weight: Tensor, difference: Tensor | None, bias: Tensor | None, y: Tensor | None,
+        teacher: tuple[Tensor, Tensor | None] | None, elements: int, tile: int,
     ) -> Tensor:  # fmt: skip
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -52,16 +56,20 @@ class _Head(torch.autograd.Function):
         shift = torch.zeros(V, dtype=_accumulator(h), device=h.device) if ctx.needs_input_grad[3] else None
         total = torch.zeros((), dtype=_accumulator(h), device=h.device)
         held = torch.empty(rows, V, dtype=dtype, device=h.device)  # [n, V]
+        known = None if teacher is None else _Known(*teacher, weight, dtype, rows)
         for i in range(0, len(h), rows):
             part = narrow[i : i + rows]
             logits = held[: len(part)]
             torch.mm(part, whole.T, out=logits)
             if bias is not None:
                 logits += bias
+            theirs = None if known is None else known.logits(i, i + len(part))
             for j in range(0, len(part), short):
                 some = logits[j : j + short]
-                target = y[i + j : i + j + len(some), None]
-                total += _to_softmax(some, target, need)
+                if theirs is not None:
+                    total += _to_gap(some, theirs[j : j + short], need)
+                elif y is not None:
+                    total += _to_softmax(some, y[i + j : i + j + len(some), None], need)
             if grad is not None:
                 torch.mm(logits, whole, out=grad[i : i + rows])
             if trains:
@@ -76,11 +84,25 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None] * 7
+        found: list[Tensor | None] = [None] * 8
         for i, g in zip(ctx.at, ctx.saved_tensors, strict=True):
             made = g.to(ctx.dtypes[i])
             found[i] = made * outputs[0].to(made.dtype) if made is g else made.mul_(outputs[0])
         return tuple(found)
+
+
+class _Known:
+    """The logits of a teacher, a chunk at a time in one place: states [N, d] under a frozen head."""
+
+    def __init__(self, states: Tensor, bias: Tensor | None, weight: Tensor, dtype: torch.dtype, rows: int) -> None:
+        self.states, self.weight = states.detach().to(dtype), weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.held = torch.empty(rows, len(weight), dtype=dtype, device=states.device)
+
+    def logits(self, start: int, end: int) -> Tensor:
+        out = self.held[: end - start]
+        torch.mm(self.states[start:end], self.weight.T, out=out)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
@@ -107,6 +129,16 @@ def _to_softmax(logits: Tensor, target: Tensor, need: bool) -> Tensor:
     return loss
 
 
+def _to_gap(logits: Tensor, theirs: Tensor, need: bool) -> Tensor:
+    """The summed KL of p = softmax(theirs) from q = softmax(logits), both [n, V]; with `need`, the logits become q - p."""
+    q, p = (F.log_softmax(wide(z), dim=1) for z in (logits, theirs))
+    shares = p.exp()
+    loss = (p.sub_(q).mul_(shares)).sum()
+    if need:
+        logits.copy_(q.exp_().sub_(shares))
+    return loss
+
+
 def weight_loss(
     h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, difference: Tensor | None = None
 ) -> Tensor:  # fmt: skip
@@ -116,7 +148,20 @@ def weight_loss(
     dtype of the head, or in autocast's; the rest in fp32 (fp64 for a base in fp64).
     """
     tile = TILE_ELEMENTS if h.device.type == "cpu" else CHUNK_ELEMENTS  # a GPU has no use for many small kernels
-    return _Head.apply(h, weight, difference, bias, y, CHUNK_ELEMENTS, tile)
+    return _Head.apply(h, weight, difference, bias, y, None, CHUNK_ELEMENTS, tile)
+
+
+def weight_divergence(
+    h: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, difference: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Summed KL(softmax(W t_i + b0) || softmax(W' h_i + b)) of states h [N, d] from a teacher's t [N, d].
+
+    W [V, d] and b0 [V] are the teacher's; W' is W, or W plus a `difference` [V, d]. Gradients reach h, `bias` and
+    `difference` (or `weight`, as the student's), never the teacher. Number formats as in `weight_loss`.
+    """
+    tile = TILE_ELEMENTS if h.device.type == "cpu" else CHUNK_ELEMENTS
+    return _Head.apply(h, weight, difference, bias, None, (teacher, teacher_bias), CHUNK_ELEMENTS, tile)
 
 
 def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], y: Tensor, width: int) -> Tensor:

@@ -9,19 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tunesmith.core import head_loss as module
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
+from tunesmith.core.head_loss import head_loss, weight_divergence, weight_loss
 from tunesmith.core.toys import toys
 from tunesmith.deltas import Full, LoRA
-from tunesmith.objectives import SFT, cross_entropy
-from tunesmith.objectives.cross_entropy import head_loss, weight_loss
+from tunesmith.objectives import SFT
 
 N, D, V = 7, 5, 11
 
 
 @pytest.fixture(params=[1, 22, 10_000], ids=["one row a chunk", "two rows", "all at once"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
     return int(request.param)
 
 
@@ -64,7 +65,7 @@ def test_frozen_head_agrees_with_finite_differences() -> None:
 def test_a_head_that_trains_gets_its_gradient(
     chunked: int, tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
     h, w, b, y = problem(torch.float64)
     leaves = (h, w.requires_grad_(), b.requires_grad_())[: 3 if bias else 2]
     found = torch.autograd.grad(1.5 * weight_loss(h, w, b if bias else None, y), leaves)
@@ -89,6 +90,38 @@ def test_a_difference_of_a_frozen_head_gets_the_gradient(chunked: int, dtype: to
     assert [g.dtype for g in got] == [dtype, wide, dtype]
     for g, want in zip(got, torch.autograd.grad(1.5 * plain, leaves), strict=True):
         torch.testing.assert_close(g.double(), want, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("trains", ["states", "difference"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_divergence_from_a_teacher_equals_the_full_logits(
+    chunked: int, dtype: torch.dtype, bias: bool, trains: str
+) -> None:
+    h, w, b, _ = problem(dtype)
+    t = torch.linspace(-1, 1, N * D, dtype=torch.float64).reshape(N, D).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    d = torch.linspace(-0.2, 0.1, V * D, dtype=wide).reshape(V, D).requires_grad_() if trains == "difference" else None
+    own = (b + 0.5).requires_grad_() if bias else None
+    loss = weight_divergence(h, t, w, own, d, b if bias else None)
+    given = [x for x in (h, d, own) if x is not None]
+    got = torch.autograd.grad(1.5 * loss, given)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    head = w.double() if d is None else exact[1] + w.double()
+    student = F.linear(exact[0], head, exact[-1] if bias else None).log_softmax(-1)
+    teacher = F.linear(t.double(), w.double(), b.double() if bias else None).log_softmax(-1)
+    plain = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    assert loss.item() == pytest.approx(plain.item(), rel=tolerance)
+    for g, x, want in zip(got, given, torch.autograd.grad(1.5 * plain, exact), strict=True):
+        assert g.dtype == x.dtype
+        torch.testing.assert_close(g.double(), want, rtol=tolerance, atol=20 * tolerance)
+
+
+def test_a_state_does_not_diverge_from_itself() -> None:
+    h, w, b, _ = problem(torch.float32)
+    loss = weight_divergence(h, h.detach(), w, b, None, b)
+    assert abs(loss.item()) < 1e-5 and float(torch.autograd.grad(loss, h)[0].abs().max()) < 1e-5
 
 
 def test_the_gradient_of_a_head_can_be_asked_for_twice() -> None:
