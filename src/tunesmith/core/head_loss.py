@@ -148,7 +148,8 @@ def weight_loss(
     dtype of the head, or in autocast's; the rest in fp32 (fp64 for a base in fp64).
     """
     tile = TILE_ELEMENTS if h.device.type == "cpu" else CHUNK_ELEMENTS  # a GPU has no use for many small kernels
-    return _Head.apply(h, weight, difference, bias, y, None, CHUNK_ELEMENTS, tile)
+    loss: Tensor = _Head.apply(h, weight, difference, bias, y, None, CHUNK_ELEMENTS, tile)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def weight_divergence(
@@ -161,7 +162,9 @@ def weight_divergence(
     `difference` (or `weight`, as the student's), never the teacher. Number formats as in `weight_loss`.
     """
     tile = TILE_ELEMENTS if h.device.type == "cpu" else CHUNK_ELEMENTS
-    return _Head.apply(h, weight, difference, bias, None, (teacher, teacher_bias), CHUNK_ELEMENTS, tile)
+    known = (teacher, teacher_bias)
+    loss: Tensor = _Head.apply(h, weight, difference, bias, None, known, CHUNK_ELEMENTS, tile)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def head_loss(h: Tensor, head: Callable[[Tensor], Tensor], y: Tensor, width: int) -> Tensor:
