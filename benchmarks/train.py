@@ -10,6 +10,8 @@ Ours goes through `tunesmith.tune`. The peers are PEFT with the transformers Tra
 the row's peer), and a plain torch loop where neither has the method; they are in `train_peers.py`. Both sides compute in
 the same number format, with the same optimiser, learning rate, batches and order. Repeat i uses seed i on both sides for
 the order of the rows and for the first values of what trains; these are drawn from the same distribution, not equal.
+Full fine-tuning is two rows, as a model in bf16 throughout is another thing: at small rates most of its steps round to
+nothing. In one both sides train fp32 numbers and multiply in bf16, in the other all that trains is bf16.
 
 Speed is counted from the end of the first step, which allocates, to the end of the last, tokens or examples of the data
 (padding does not count). `cpu_rate` is the same over seconds of processor time, for machines that do other work as well.
@@ -77,8 +79,10 @@ WORKS = {
              "lora:rank=8,alpha=16", 4, 32, 5e-4, BOTH, length=256, goals=goals(2.5, 0.6)),
         Work("lora-gsm8k", "LoRA r=8 all linear, SmolLM2-135M, GSM8K answers only, real lengths, batch 16", LM, "gsm8k",
              "lora:rank=8,alpha=16", 16, 80, 5e-4, BOTH, unit="examples", goals=goals(6.0, 0.2)),
-        Work("full", "full fine-tuning, SmolLM2-135M, 4x256", LM, "text", "full", 4, 24, 2e-5,
-             ("trainer", "trainer-half"), length=256, goals=goals(1.8)),
+        Work("full", "full fine-tuning, SmolLM2-135M, 4x256", LM, "text", "full", 4, 24, 2e-5, ("trainer",), length=256,
+             goals=goals(1.8)),
+        Work("full-half", "the same, all that trains and its moments in bf16", LM, "text", "full", 4, 24, 2e-5,
+             ("trainer-half",), length=256, goals=goals(1.8), extra={"state": "bf16"}),
         Work("minilm", "LoRA r=8 all linear and a head, MiniLM-L6, Banking77 16-shot, batch 32", "minilm-l6", "banking",
              "lora:rank=8,alpha=16", 32, 1216, 1e-3, ("trainer",), unit="examples", length=128, goals=goals(2.0)),
         Work("conv-lora", "LoRA r=8 on 1x1 convolutions and a head, EfficientNet-Lite0, batch 64 at 96x96",

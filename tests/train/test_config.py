@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import ResourceError, UsageError
-from tunesmith.deltas import BitFit, LoRA
+from tunesmith.deltas import BitFit, Full, LoRA
 from tunesmith.objectives import SFT
 from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.loop import _optimiser, fit
@@ -194,3 +195,25 @@ def test_every_method_names_a_learning_rate_of_its_own() -> None:
     rates = {m.name: default_lr(m.cls()) for m in methods() if m.cls.__module__.startswith("tunesmith.deltas")}
     assert all(hasattr(m.cls, "recipe") for m in methods() if m.name in rates)
     assert rates["full"] < rates["lora"] < rates["ia3"] < rates["prompt-tuning"]
+
+
+def test_what_trains_can_be_held_in_bf16(trained: Any, tmp_path: Path) -> None:
+    """Losses stay near those in fp32, moments are bf16 too, a resumed run goes on bit for bit, and the delta keeps the format."""
+    wide, _ = trained(Full(), steps=6, precision="fp32", state="fp32")
+    half, delta = trained(Full(), steps=6, precision="fp32", state="bf16", out=tmp_path / "a", checkpoint_every=2)
+    assert half.losses != wide.losses and half.losses == pytest.approx(wide.losses, rel=0.03)
+    assert {t.dtype for _, t in delta.items() if t.requires_grad} == {torch.bfloat16}
+    newest = tmp_path / "b"
+    with pytest.raises(KeyboardInterrupt):
+        trained(Full(), steps=6, state="bf16", out=newest, checkpoint_every=2, on_step=stop_after(4))
+    again, resumed = trained(Full(), steps=6, state="bf16", out=newest, checkpoint_every=2, resume=True)
+    assert again.losses == half.losses
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(delta.items(), resumed.items(), strict=True))
+
+
+def stop_after(steps: int) -> Any:
+    def on_step(step: int, loss: float) -> None:
+        if step == steps:
+            raise KeyboardInterrupt
+
+    return on_step

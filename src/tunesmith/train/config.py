@@ -17,6 +17,7 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OVERFLOWS = ("error", "truncate", "skip")
 CACHING = ("auto", "on", "off")
+STATES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class TrainConfig:
     what the base knew. `gradient_dropout` drops gradients that pull away from the base (see `agreement`). `patience`
     stops after that many evaluations without a better validation loss. `cache_features` keeps what frozen layers before
     the delta give from epoch to epoch: "auto" where nothing but rounding changes, "on" without the dropout of these layers,
-    or an error, "off" never.
+    or an error, "off" never. `state` is the number format of what trains, of its gradients and of AdamW's moments: "bf16"
+    halves that memory and keeps 8 bits of each number, so that small steps on large numbers are lost.
     """
 
     epochs: float = 3.0
@@ -46,6 +48,7 @@ class TrainConfig:
     anchor: float = 0.0
     gradient_dropout: float = 0.0
     precision: str = "auto"
+    state: str = "fp32"
     seed: int = 0
     max_length: int = 1024
     overflow: str = "error"
@@ -83,6 +86,7 @@ class TrainConfig:
             ("precision", PRECISIONS),
             ("overflow", OVERFLOWS),
             ("cache_features", CACHING),
+            ("state", STATES),
         ):
             if getattr(self, name) not in choices:
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}", hint=nearest(getattr(self, name), choices))

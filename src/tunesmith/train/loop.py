@@ -34,7 +34,7 @@ from tunesmith.train.cached import Prefix
 from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
 from tunesmith.train.journal import jsonable, truncate
-from tunesmith.train.modes import fast_paths, recomputing, stop_signals, training_mode
+from tunesmith.train.modes import fast_paths, in_state_format, recomputing, stop_signals, training_mode
 from tunesmith.train.processes import accelerator, agreed, anywhere
 from tunesmith.train.progress import Reporter
 from tunesmith.train.surgery import Now
@@ -108,6 +108,7 @@ def fit(
         raise UsageError("a checkpoint is here already", where=str(out), hint="resume=True, or another folder")
     half = parse(config.precision, base.device) == torch.float16
     processes = accelerator(base.device, half, config.tracker, out)
+    in_state_format(delta, config)
     with ExitStack() as stack:
         stack.enter_context(base.frozen())
         used = stack.enter_context(sharding.sharded(base)) if sharding.wanted() else base

@@ -18,6 +18,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.memory import keeping_memory
 from tunesmith.models.precision import parse
 from tunesmith.train.attention import BlockAttention
+from tunesmith.train.config import TrainConfig
 from tunesmith.train.dropout import quick_dropouts
 from tunesmith.train.norms import fused_norms
 
@@ -45,6 +46,14 @@ def measuring(base: Base, precision: str) -> Iterator[None]:
     quick = torch.autocast(base.device.type, torch.bfloat16) if half else nullcontext()
     with base.evaluating(), torch.no_grad(), quick:
         yield
+
+
+def in_state_format(delta: Delta, config: TrainConfig) -> None:
+    """Put what trains into the number format that the settings ask for (fp32: as the methods made it)."""
+    if config.state == "bf16":
+        for _, t in delta.items():
+            if t.requires_grad:
+                t.data = t.data.to(torch.bfloat16)
 
 
 @contextmanager

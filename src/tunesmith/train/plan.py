@@ -27,7 +27,7 @@ from tunesmith.models.skeleton import skeleton
 from tunesmith.train.cached import Cut, Refused, check_deterministic, find_cut
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.derived import parted
-from tunesmith.train.modes import training_mode
+from tunesmith.train.modes import in_state_format, training_mode
 from tunesmith.train.prepare import choose_methods, prepare
 from tunesmith.train.rehearsal import positions, rehearse
 from tunesmith.train.speeds import Speeds, measure
@@ -96,6 +96,7 @@ def plan(model: str | Base, data: Any, *, method: Any = None, system: str | None
     chosen = choose_methods(base, method, ready)
     with torch.no_grad():
         delta = Delta.create(base, *chosen, seed=config.seed)
+    in_state_format(delta, config)
     task, notes = ready.task, list(ready.notes)
     epoch = task.plan(config.batch_size, config.seed, 0)
     steps = config.steps or max(1, math.ceil(config.epochs * len(epoch)))
