@@ -161,6 +161,9 @@ def test_statistics_may_be_added_after_the_run_and_nothing_else_changed(root: Pa
     with pytest.raises(DataError, match="is not the one the result was judged by"):
         restate(find("7", root))
     assert json.loads(file.read_text()) == found
+    file.write_text(json.dumps({k: v for k, v in found.items() if k != "raw"}))
+    with pytest.raises(DataError, match="the field 'raw' is missing"):
+        restate(find("7", root))
 
 
 def test_a_verdict_without_an_interval_is_refused_in_a_smoke_run(root: Path) -> None:

@@ -110,12 +110,10 @@ def run(
     studies = _chosen(which, every, _root(root))
     if out is not None and len(studies) > 1:
         raise UsageError("--out takes the result of one study", hint="leave it out with --all")
-    results: list[dict[str, Any]] = []
-    failed: list[str] = []
     if jobs > 1 and len(studies) > 1:
-        _side_by_side(studies, smoke, fresh, jobs, results, failed)
+        results, failed = _side_by_side(studies, smoke, fresh, jobs)
     else:
-        _in_turn(studies, smoke, fresh, out, results, failed)
+        results, failed = _in_turn(studies, smoke, fresh, out)
 
     def view(console: Console) -> None:
         for result in results:
@@ -129,17 +127,14 @@ def run(
     )
 
 
-def _in_turn(
-    studies: Sequence[Study],
-    smoke: bool,
-    fresh: bool,
-    out: Path | None,
-    results: list[dict[str, Any]],
-    failed: list[str],
-) -> None:
+Done = tuple[list[dict[str, Any]], list[str]]  # results, and what failed in words
+
+
+def _in_turn(studies: Sequence[Study], smoke: bool, fresh: bool, out: Path | None) -> Done:
     """Run the studies here. Raises the error of a study that is the only one."""
     from tunesmith.study import run_study
 
+    results, failed = [], []
     for study in studies:
         try:
             results.append(run_study(study, smoke, out, fresh=fresh, log=_log, progress=_progress(study)))
@@ -147,16 +142,16 @@ def _in_turn(
             if len(studies) == 1:
                 raise
             failed.append(f"{study.id:03d}: {error.what}")
+    return results, failed
 
 
-def _side_by_side(
-    studies: Sequence[Study], smoke: bool, fresh: bool, jobs: int, results: list[dict[str, Any]], failed: list[str]
-) -> None:
+def _side_by_side(studies: Sequence[Study], smoke: bool, fresh: bool, jobs: int) -> Done:
     """Run the studies in processes, the long ones first; results and failures are in the order of the studies."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
+    results, failed = [], []
     share = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(studies)), context, _with_threads, (share,)) as pool:
@@ -169,6 +164,7 @@ def _side_by_side(
                 failed.append(f"{study.id:03d}: {error.what}")
             except BrokenProcessPool:
                 failed.append(f"{study.id:03d}: its process, or one beside it, was killed")
+    return results, failed
 
 
 def _with_threads(n: int) -> None:
@@ -245,9 +241,10 @@ def check(
 
     checked: list[dict[str, Any]] = []
     for study in _chosen(which, every, _root(root)):
-        if again and (study.folder / "result.json").is_file():
+        has = (study.folder / "result.json").is_file()
+        if has and again:
             restate(study)
-        problems = check_result(study.folder, study) if (study.folder / "result.json").is_file() else ["has no result"]
+        problems = check_result(study.folder, study) if has else ["has no result"]
         checked.append({"id": study.id, "study": study.name, "problems": problems})
     bad = [c for c in checked if c["problems"]]
 

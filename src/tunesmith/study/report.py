@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import DataError
-from tunesmith.study.cells import write_atomically
-from tunesmith.study.run import FORMAT, find, load_study, plain_json, raw_problems, verdict_json
+from tunesmith.study.run import (
+    FORMAT,
+    NO_INTERVAL,
+    find,
+    is_interval,
+    judge,
+    load_study,
+    plain_json,
+    raw_problems,
+    write_result,
+)
 from tunesmith.study.spec import LABELS, Study, sha256_text
 
 _NUMBER = (int, float)
@@ -94,16 +103,19 @@ def restate(study: Study) -> dict[str, Any]:
     """
     file = study.folder / "result.json"
     result = load_result(file)
-    if result.get("verdict_rule") != study.verdict_rule:
+    problems = [p for p in _shape_problems(result) if p != NO_INTERVAL]
+    if problems:
+        raise DataError("; ".join(problems), where=str(file))
+    if result["verdict_rule"] != study.verdict_rule:
         raise DataError(
             "the verdict rule is not the one the result was judged by", where=str(file), hint="run it again"
         )
-    again = verdict_json(study.verdict(json.loads(json.dumps(result["raw"]))))
+    again = judge(study, result["raw"])
     if again["verdict"] != result["verdict"]:
         what = f"the raw numbers give {again['verdict']!r} now, the result says {result['verdict']!r}"
         raise DataError(what, where=str(file), hint="a verdict changes only with a new run")
     result |= {**again, "verdict_sha256": study.verdict_sha256()}
-    write_atomically(file, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_result(study.folder, result)
     return result
 
 
@@ -127,8 +139,8 @@ def _shape_problems(result: Mapping[str, Any]) -> list[str]:
         problems.append(f"the verdict {result['verdict']!r} is not one of {', '.join(LABELS)}")
     if not math.isfinite(result["minutes"]) or result["minutes"] < 0:
         problems.append(f"minutes is {result['minutes']}")
-    if not any(_interval(value) for value in result["statistics"].values()):
-        problems.append("no statistic has a confidence interval (mean, low, high)")
+    if not any(is_interval(value) for value in result["statistics"].values()):
+        problems.append(NO_INTERVAL)
     try:
         plain_json(dict(result), "the result")
     except DataError as error:
@@ -155,7 +167,7 @@ def _identity_problems(result: Mapping[str, Any], study: Study) -> list[str]:
 
 def _verdict_problems(result: Mapping[str, Any], study: Study) -> list[str]:
     try:
-        again = verdict_json(study.verdict(json.loads(json.dumps(result["raw"]))))
+        again = judge(study, result["raw"])
     except Exception as error:  # the verdict function is the study's own code
         return [f"the verdict cannot be recomputed: {type(error).__name__}: {error}"]
     problems = []
@@ -181,19 +193,13 @@ def _close(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _interval(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(k), _NUMBER) and not isinstance(value.get(k), bool) for k in ("mean", "low", "high")
-    )
-
-
 def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def statistic_text(value: Any) -> str:
     """A statistic in words: `mean [low, high], n` for an interval."""
-    if _interval(value):
+    if is_interval(value):
         size = f", n={value['n']}" if "n" in value else ""
         return f"{_number(value['mean'])} [{_number(value['low'])}, {_number(value['high'])}]{size}"
     if isinstance(value, Mapping):
@@ -225,7 +231,7 @@ def studies_md(results: Sequence[Mapping[str, Any]], *, key_numbers: int = 3) ->
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in sorted(results, key=lambda r: r["id"]):
-        shown = [f"{k}: {statistic_text(v)}" for k, v in result["statistics"].items() if _interval(v)][:key_numbers]
+        shown = [f"{k}: {statistic_text(v)}" for k, v in result["statistics"].items() if is_interval(v)][:key_numbers]
         head, _, dirty = result["commit"].partition("+")
         cells = (
             f"{result['id']:03d}",

@@ -26,6 +26,7 @@ from tunesmith.study.cells import Cells, write_atomically
 from tunesmith.study.spec import Context, Raw, Study, Verdict
 
 FORMAT = "tunesmith-study/1"
+NO_INTERVAL = "no statistic has a confidence interval (mean, low, high)"
 _FOLDER = re.compile(r"(\d{3})-([a-z0-9-]+)")
 
 
@@ -111,12 +112,10 @@ def run_study(
     if problems:
         raise DataError("; ".join(problems), where=f"study {study.id}")
     elapsed = time.perf_counter() - start
-    verdict = study.verdict(json.loads(json.dumps(raw)))
-    if not any(isinstance(s, Mapping) and {"mean", "low", "high"} <= s.keys() for s in verdict.statistics.values()):
+    judged = judge(study, raw)
+    if not any(is_interval(value) for value in judged["statistics"].values()):
         hint = "the result of a full run needs one: see evaluate.stats.paired_t"
-        raise DataError(
-            "no statistic has a confidence interval (mean, low, high)", where=f"study {study.id}", hint=hint
-        )
+        raise DataError(NO_INTERVAL, where=f"study {study.id}", hint=hint)
     result = {
         "format": FORMAT,
         "id": study.id,
@@ -129,7 +128,7 @@ def run_study(
         "source_sha256": source,
         "arms": list(study.arms),
         "raw": raw,
-        **verdict_json(verdict),
+        **judged,
         "deviations": list(study.deviations),
         "command": f"tunesmith study run {study.id}" + (" --smoke" if smoke else ""),
         "seeds": used,
@@ -140,9 +139,26 @@ def run_study(
         "commit": commit,
         "smoke": smoke,
     }
-    write_atomically(place / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_result(place, result)
     path.unlink(missing_ok=True)
     return result
+
+
+def judge(study: Study, raw: Any) -> dict[str, Any]:
+    """The verdict fields of a result, from a copy of the raw numbers that the study's function may do with as it likes."""
+    return verdict_json(study.verdict(json.loads(json.dumps(raw))))
+
+
+def is_interval(value: Any) -> bool:
+    """Whether a statistic is a mean with a confidence interval."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(k), int | float) and not isinstance(value.get(k), bool) for k in ("mean", "low", "high")
+    )
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write `result.json`, whole or not at all."""
+    write_atomically(folder / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _out_folder(study: Study, smoke: bool, out: str | Path | None) -> Path:
