@@ -136,7 +136,7 @@ def _states(base: Base, rows: Sequence[Mapping[str, Any]], blocks: int, precisio
 def _jsonl(folder: Path, name: str) -> list[dict[str, Any]]:
     plain = folder / f"{name}.jsonl"
     data = plain.read_bytes() if plain.exists() else gzip.decompress((folder / f"{name}.jsonl.gz").read_bytes())
-    return [json.loads(line) for line in data.decode("utf-8").splitlines() if line]
+    return [json.loads(line) for line in data.splitlines() if line]
 
 
 def _rows(

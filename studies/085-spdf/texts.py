@@ -44,7 +44,7 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, zipped or not."""
     file = path if path.exists() else path.with_name(path.name + ".gz")
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    return [json.loads(line) for line in data.decode("utf-8").splitlines()]
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def corpus(news: Path | None, facts: Path | None) -> Tensor:
