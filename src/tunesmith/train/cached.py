@@ -32,6 +32,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.features import head_of
 from tunesmith.core.memory import available_memory
 from tunesmith.train.config import TrainConfig
+from tunesmith.train.parts import parts_of
 from tunesmith.train.processes import world
 from tunesmith.train.tasks import Task, moved
 
@@ -205,9 +206,8 @@ class Features:
                 base.modules[path].eval()  # the run's training mode is put back at its end
         check_deterministic(base, self.cut)
         self.lengths: list[int] = lengths()
-        micro = config.micro_batch or config.batch_size
         plans = [task.plan(config.batch_size, config.seed, e) for e in (0, 1)]
-        cut_up = [[b[i : i + micro] for b in plan for i in range(0, len(b), micro)] for plan in plans]
+        cut_up = [[part for b in plan for part in parts_of(task, b, config, base.device)] for plan in plans]
         self.parts, self.later = cut_up[0], cut_up[1][0]  # `later` is what the cache is checked on
         self.home = {i: n for n, part in enumerate(self.parts) for i in part}
         self.rows: dict[int, list[Tensor]] = {}  # by example, one view of the store for each tensor of the output

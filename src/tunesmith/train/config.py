@@ -24,9 +24,9 @@ STATES = ("fp32", "bf16")
 class TrainConfig:
     """How to train. Sizes are in examples (rows after packing), lengths in tokens, `lr=None` is the method's own.
 
-    One optimiser step sees `batch_size` rows, computed `micro_batch` at a time with the same result. `steps` counts
-    optimiser steps and takes the place of `epochs` when given. `warmup` and `decay` are shares of all steps; `decay` is
-    used by the `wsd` schedule. `anchor` weighs the KL to the base on text the base writes itself (see `anchor`), which keeps
+    One optimiser step sees `batch_size` rows, computed `micro_batch` at a time with the same result (None: so many that
+    they make about a thousand tokens, see `parts`). `steps` counts optimiser steps and takes the place of `epochs` when
+    given. `warmup` and `decay` are shares of all steps; `decay` is used by the `wsd` schedule. `anchor` weighs the KL to the base on text the base writes itself (see `anchor`), which keeps
     what the base knew. `gradient_dropout` drops gradients that pull away from the base (see `agreement`). `patience`
     stops after that many evaluations without a better validation loss. `cache_features` keeps what frozen layers before
     the delta give from epoch to epoch: "auto" where nothing but rounding changes, "on" without the dropout of these layers,

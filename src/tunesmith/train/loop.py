@@ -35,6 +35,7 @@ from tunesmith.train.config import TrainConfig, rate
 from tunesmith.train.guard import PATIENCE, STATISTICS, Guard, locate_nonfinite, poisoned
 from tunesmith.train.journal import jsonable, truncate
 from tunesmith.train.modes import fast_paths, in_state_format, recomputing, stop_signals, training_mode
+from tunesmith.train.parts import parts_of
 from tunesmith.train.processes import accelerator, agreed, anywhere
 from tunesmith.train.progress import Reporter
 from tunesmith.train.surgery import Now
@@ -217,8 +218,7 @@ class _Loop:
         if epoch != self.planned[0]:
             self.planned = (epoch, self.task.plan(self.config.batch_size, self.config.seed, epoch))
         indices = self.planned[1][index]
-        micro = self.config.micro_batch or len(indices)
-        parts = [indices[i : i + micro] for i in range(0, len(indices), micro)]
+        parts = parts_of(self.task, indices, self.config, self.base.device)
         batches = [self.task.batch(p, epoch) for p in parts]
         units = sum(self.task.objective.count(b) for b in batches)
         for group in self.optimiser.param_groups:

@@ -28,6 +28,7 @@ from tunesmith.train.cached import Cut, Refused, check_deterministic, find_cut
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.derived import parted
 from tunesmith.train.modes import in_state_format, training_mode
+from tunesmith.train.parts import parts_of
 from tunesmith.train.prepare import choose_methods, prepare
 from tunesmith.train.rehearsal import positions, rehearse
 from tunesmith.train.speeds import Speeds, measure
@@ -102,8 +103,7 @@ def plan(model: str | Base, data: Any, *, method: Any = None, system: str | None
     steps = config.steps or max(1, math.ceil(config.epochs * len(epoch)))
     lengths = getattr(task, "lengths", None) or [1] * len(task)
     tokens = round(sum(lengths) * steps / len(epoch))
-    micro = config.micro_batch or config.batch_size
-    parts = [batch[i : i + micro] for batch in epoch for i in range(0, len(batch), micro)]
+    parts = [part for batch in epoch for part in parts_of(task, batch, config, base.device)]
     speeds = measure(torch.get_num_threads())
     try:
         held, seconds, flops = _rehearsed(base, delta, task, parts, steps / len(epoch), config, speeds)
