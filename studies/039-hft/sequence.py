@@ -166,6 +166,8 @@ def _rows(
             question, answer = row["text"], words[at]
         ids = tokenizer(prompt.format(question), add_special_tokens=False)["input_ids"]
         said = [*tokenizer(" " + answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if name == "gsm8k":  # few whole rationales are that short: the first tokens of one are a task too
+            said = said[: max(24, length - len(ids))]
         if len(ids) + len(said) > length:
             return None
         return {"input_ids": ids + said, "labels": [IGNORED] * len(ids) + said}

@@ -170,7 +170,7 @@ STUDY = Study(
         "30 steps of 8 rows of at most 96 tokens for each task instead of 40 steps of 4 rows of 128.",
         "Rates 3e-5 and 1e-4 (LoRA 3e-4 and 1e-3) instead of 1e-5 and 3e-5, since few blocks train for few steps; the rate of "
         "each arm is the better of its two by the mean final score on dev rows, on the first seed.",
-        "GSM8K is scored by the share of next tokens of the rationale that are right, and the general loss is that of "
+        "GSM8K is scored by the share of next tokens of the rationale, cut to the same length, that are right; the general loss is of "
         "passages of four novels, since AG News is a task here.",
         "LoRA trains one adapter through all rounds; every other arm adds a delta in each round.",
         "5 draws of the Half-Reset and of its control (any matrices) on each seed, on 60 of the plain texts.",
