@@ -49,7 +49,7 @@ def engine(job: Job, base: Any, **settings: Any) -> Any:
 
 
 def request(i: int, n: int, new: int, delta: str | None, vocabulary: int, arrived: float = 0.0) -> Any:
-    from tunesmith.serve.engine import Request
+    from tunesmith.serve.requests import Request
     from tunesmith.serve.sampling import Sampling
 
     rng = random.Random(i)

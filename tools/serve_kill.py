@@ -31,8 +31,9 @@ import torch
 from serve_toy import moved, serve, writer
 from tunesmith.core import store
 from tunesmith.deltas import LoRA
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 
 NAMES = ("d0", "d1", "d2")

@@ -14,8 +14,9 @@ import torch
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.serve.admission import Limits, Running, Waiting, admit
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 
 from .trace import Ask

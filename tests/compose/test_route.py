@@ -14,8 +14,9 @@ from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import UsageError
 from tunesmith.deltas import IA3, BitFit, Full, LoRA, SHiRA
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 
 

@@ -19,8 +19,9 @@ from tunesmith.core.base import Base
 from tunesmith.core.errors import UsageError
 from tunesmith.deltas import LoRA, PrefixTuning
 from tunesmith.serve.constrain import ANY_OBJECT, Schemas
-from tunesmith.serve.engine import Engine, Event, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Event, Request
 from tunesmith.serve.sampling import Sampling
 from tunesmith.serve.text import Writer
 

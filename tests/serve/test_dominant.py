@@ -15,8 +15,9 @@ from tunesmith.core.base import Base
 from tunesmith.core.errors import DeltaError
 from tunesmith.deltas import IA3, DoRA, LoRA
 from tunesmith.serve import dominant
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import AHEAD, Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)

@@ -5,28 +5,19 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from serve_cases import moved, tiny_llama
+from serve_cases import ask, engine, moved, tiny_llama
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.core.errors import BaseMismatch, DeltaError, ResourceError, UsageError
 from tunesmith.deltas import IA3, SSF, BitFit, Bone, DoRA, LoRA, PrefixTuning, PromptTuning, SHiRA
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
-
-GREEDY = Sampling(temperature=0)
-
-
-def engine(base: Base, deltas: dict[str, Delta] | None = None, **settings: Any) -> Engine:
-    library = Library(base, budget=1 << 30)
-    for name, delta in (deltas or {}).items():
-        library.add(delta, name)
-    return Engine(base, library, **{"cells": 4000, **settings})
 
 
 def written_by_transformers(base: Base, prompt: tuple[int, ...], new: int, delta: Delta | None = None) -> list[int]:
@@ -36,11 +27,6 @@ def written_by_transformers(base: Base, prompt: tuple[int, ...], new: int, delta
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None
         )  # fmt: skip
     return out[0, len(prompt) :].tolist()
-
-
-def ask(id: str, seed: int = 0, n: int = 6, new: int = 8, **more: Any) -> Request:
-    rng = random.Random(seed)
-    return Request(id, tuple(rng.randrange(67) for _ in range(n)), new, **{"sampling": GREEDY, **more})
 
 
 KINDS = {"lora": LoRA(rank=2), "wide": LoRA(rank=5), "ia3": IA3(), "dora": DoRA(rank=2), "bone": Bone(block=4),

@@ -24,8 +24,9 @@ from tunesmith.core.errors import ResourceError
 from tunesmith.deltas import IA3, LoRA
 from tunesmith.serve import library as library_module
 from tunesmith.serve.encoder import Encoder
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 from tunesmith.serve.worker import Worker
 

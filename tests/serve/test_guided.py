@@ -20,8 +20,9 @@ from tunesmith.decode import combine, contrastive, handoff
 from tunesmith.deltas import LoRA
 from tunesmith.evaluate.generate import generate
 from tunesmith.serve import guided
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 from tunesmith.serve.selftest import selftest
 

@@ -14,10 +14,11 @@ from serve_cases import moved
 from tunesmith.core.base import Base
 from tunesmith.core.errors import UsageError
 from tunesmith.deltas import LoRA
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
 from tunesmith.serve.pages import Page, Pages
 from tunesmith.serve.pool import Pool
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)

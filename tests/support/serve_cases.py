@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny Llama with grouped heads, and deltas on it."""
+"""A tiny Llama with grouped heads, deltas on it, an engine that serves them and requests to it."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
 
 from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
+from tunesmith.serve.engine import Engine
+from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
+from tunesmith.serve.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> Base:
@@ -35,3 +42,15 @@ def moved(base: Base, *methods: Any, seed: int = 0, size: float = 0.2, name: str
             if t.is_floating_point():
                 t.add_(size * torch.randn(t.shape, generator=g))
     return delta
+
+
+def engine(base: Base, deltas: dict[str, Delta] | None = None, **settings: Any) -> Engine:
+    library = Library(base, budget=1 << 30)
+    for name, delta in (deltas or {}).items():
+        library.add(delta, name)
+    return Engine(base, library, **{"cells": 4000, **settings})
+
+
+def ask(id: str, seed: int = 0, n: int = 6, new: int = 8, **more: Any) -> Request:
+    rng = random.Random(seed)
+    return Request(id, tuple(rng.randrange(67) for _ in range(n)), new, **{"sampling": GREEDY, **more})

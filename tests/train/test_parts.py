@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.test_trajectory import METHODS, close
 
+from tunesmith.deltas import BitFit, LoRA
 from tunesmith.objectives import SFT
 from tunesmith.train import parts
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.parts import parts_of
 from tunesmith.train.tasks import LoaderTask, RowTask
 
+METHODS = (LoRA(rank=2), BitFit())
 CPU = torch.device("cpu")
 
 
@@ -44,12 +45,15 @@ def test_pictures_and_the_batches_of_a_loader_stay_whole(monkeypatch: Any) -> No
 
 
 def test_training_takes_the_path_of_the_whole_batch(trained: Any, lm: Any, monkeypatch: Any) -> None:
-    whole = trained(*METHODS, base=lm(dtype=torch.float64), steps=6)
+    done, whole = trained(*METHODS, base=lm(dtype=torch.float64), steps=6)
     monkeypatch.setitem(parts.POSITIONS, "cpu", 12)
     seen: list[int] = []
     cut = parts._size
     monkeypatch.setattr(parts, "_size", lambda *a: seen.append(cut(*a)) or seen[-1])
-    close(whole, trained(*METHODS, base=lm(dtype=torch.float64), steps=6), 1e-9)
+    again, cut_up = trained(*METHODS, base=lm(dtype=torch.float64), steps=6)
+    assert again.losses == pytest.approx(done.losses, rel=1e-9)
+    for (key, a), (_, b) in zip(whole.items(), cut_up.items(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=key)
     assert seen and max(seen) == 2  # of 8 rows
 
 

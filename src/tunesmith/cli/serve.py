@@ -54,6 +54,10 @@ def serve(
         float | None,
         typer.Option(metavar="SECONDS", help="Give up requests whose first token would come later.", min=0.5),
     ] = None,
+    guess: Annotated[
+        int | None,
+        typer.Option(help="Tokens up to which a step is filled with guesses that are checked in it; 0: none.", min=0),
+    ] = None,
     memory: Annotated[int, typer.Option(help="MiB of deltas kept in memory.", min=1)] = 1024,
     body: Annotated[int, typer.Option(help="KiB a request may send.", min=1)] = 1024,
     drain: Annotated[
@@ -84,12 +88,13 @@ def serve(
     root = deltas if deltas is not None else registry()
     if deltas is not None and not deltas.is_dir():
         raise UsageError("is no folder", where=str(deltas), hint="give the folder that holds the deltas' folders")
+    settings = {"cells": cells_, "requests": requests, "policy": policy, "first_token": first_token, "guess": guess}
     if replicas:
         if prove:
             raise UsageError("the proof needs no replicas", where="--replicas", hint="leave it out")
         asked = {
-            "model": model, "deltas": str(root.resolve()), "device": device, "cells": cells_, "requests": requests,
-            "queue": queue, "policy": policy, "first_token": first_token, "memory": memory << 20, "body": body << 10,
+            "model": model, "deltas": str(root.resolve()), "device": device, "queue": queue, "memory": memory << 20,
+            "body": body << 10, **settings,
         }  # fmt: skip
         return _replicated(asked, keys, host, port, replicas, drain)
     from tunesmith.models.open import load
@@ -109,7 +114,7 @@ def serve(
         return _proved(base, library, cells_)
     for place, error in refused:
         progress_console().print(f"not served: {visible(str(place))}: {visible(str(error))}", soft_wrap=True)
-    return _run(base, library, root, host, port, cells_, requests, queue, policy, first_token, body, keys, drain)
+    return _run(base, library, root, host, port, settings, queue, body, keys, drain)
 
 
 def _proved(base: Base, library: Library, cells_: int) -> Result:
@@ -158,8 +163,8 @@ def _replicated(asked: dict[str, Any], keys: Path | None, host: str, port: int, 
 
 
 def _run(
-    base: Base, library: Library, root: Path, host: str, port: int, cells_: int, requests: int, queue: int, policy: str,
-    first_token: float | None, body: int, keys: Path | None, drain: float,
+    base: Base, library: Library, root: Path, host: str, port: int, settings: dict[str, Any], queue: int, body: int,
+    keys: Path | None, drain: float,
 ) -> Result:  # fmt: skip
     try:
         from tunesmith.serve.api import create
@@ -177,7 +182,7 @@ def _run(
     access = Access(admin=admin) if keys is None else Access.read(keys, admin)
     engine: Engine | None = None
     if base.family == "causal-lm":
-        engine = Engine(base, library, cells=cells_, requests=requests, policy=policy, first_token=first_token)
+        engine = Engine(base, library, **settings)
     worker = Worker(engine, Encoder(base, library), queue=queue)
     app = create(base, worker, access=access, root=root, body_limit=body << 10)
     server = listener(app, worker, host, port, drain)
@@ -203,5 +208,5 @@ def _run(
         out.print(rows)
 
     data = {"requests": c.requests, "tokens": c.tokens, "prompt_tokens": c.prompt_tokens, "ends": c.ends}
-    left = "" if engine is None else f"; cells free {engine.free}/{cells_}"
+    left = "" if engine is None else f"; cells free {engine.free}/{engine.pool.cells}"
     return Result(data, f"served {c.requests} requests, {c.tokens} tokens{left}", view)

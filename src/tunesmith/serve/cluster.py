@@ -53,6 +53,7 @@ class Settings:
     queue: int = 256
     policy: str = "fcfs"
     first_token: float | None = None
+    guess: int | None = None
     memory: int = 1 << 30
     body: int = 1 << 20
     drain: float = 30.0  # seconds for requests under way when a replica ends
@@ -79,8 +80,9 @@ class Replica:
         engine: Engine | None = None
         if base.family == "causal-lm":
             engine = Engine(
-                base, self.library, cells=s.cells, requests=s.requests, policy=s.policy, first_token=s.first_token
-            )
+                base, self.library, cells=s.cells, requests=s.requests, policy=s.policy, first_token=s.first_token,
+                guess=s.guess,
+            )  # fmt: skip
         self.worker = Worker(engine, Encoder(base, self.library), queue=s.queue)
         access = Access({k: None if v is None else frozenset(v) for k, v in s.keys.items()})
         self.app = create(base, self.worker, access=access, root=root, body_limit=s.body)

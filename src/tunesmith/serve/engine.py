@@ -2,7 +2,7 @@
 """The engine: requests for many deltas in one running batch, a token for each at every step.
 
 `step` does one round: it lets waiting requests join (see `admission`), reads a chunk of the prompts that are not read
-yet together with one token of every request that writes, and draws the next tokens. A delta that acts on layers the
+yet together with one token of every request that writes and what may follow it (see `guess`), and draws the next tokens. A delta that acts on layers the
 decoder runs is served in the shared batch, whatever its kind; one that acts elsewhere (prompts, whole blocks), or any
 delta on a model that is no Llama, runs by itself on the model's own forward pass, slower, to the same tokens.
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,92 +23,22 @@ from tunesmith.core.base import Base
 from tunesmith.core.decoding import Joint
 from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
 from tunesmith.core.trace import primary
-from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit
+from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit, need
 from tunesmith.serve.cache import Span
-from tunesmith.serve.constrain import Guide, Rule
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.dominant import Dominant, Merged
 from tunesmith.serve.library import Library
 from tunesmith.serve.mixed import Mixture, Resident, few
-from tunesmith.serve.pages import Page, Pages
+from tunesmith.serve.pages import Pages
 from tunesmith.serve.pool import Pool
+from tunesmith.serve.requests import Event, Live, Request
 from tunesmith.serve.sampling import Chosen, Row, Sampling, choose_each
 from tunesmith.serve.stacks import Stacks
 
 GREEDY = Sampling(temperature=0)
 LOOK_AHEAD = 16  # waiting requests whose deltas are read before they join
+GUESS = {"cpu": 6, "cuda": 32}  # tokens of a step that take little more time than one
 KEPT = 4  # layouts whose stacked factors are kept between steps
-REASONS = ("stop", "length", "cancelled", "error")
-
-
-@dataclass(frozen=True)
-class Request:
-    """Tokens to continue, under a delta of the library or none (the base); `rule` says what the answer may be."""
-
-    id: str
-    prompt: tuple[int, ...]
-    new: int
-    delta: str | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: frozenset[int] = frozenset()
-    arrived: float = 0.0
-    rule: Rule | None = None
-
-
-@dataclass(frozen=True)
-class Event:
-    """What happened to a request in a step: a token, the end (`reason` one of REASONS), or both."""
-
-    id: str
-    chosen: Chosen | None = None
-    reason: str | None = None
-    error: TunesmithError | None = None
-
-
-@dataclass
-class _Live:
-    """A request in the batch. `cached` tokens of prompt + answer are in its cells."""
-
-    request: Request
-    resident: Resident | None
-    shared: bool
-    guide: Guide | None = None
-    answer: list[int] = field(default_factory=list)
-    cached: int = 0
-    caches: int = 1  # cells that a token takes
-    joint: Joint | None = None
-    pages: list[Page] = field(default_factory=list)  # of its first tokens, shared with whoever begins alike
-    cells: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # of its tokens, in their order
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.request.prompt, *self.answer]
-
-    def next(self, n: int) -> list[int]:
-        """The next `n` tokens that are not in the cache yet."""
-        read = len(self.request.prompt)
-        if self.cached >= read:
-            return self.answer[self.cached - read : self.cached - read + n]
-        return self.tokens[self.cached : self.cached + n]
-
-    def grow(self, cells: Tensor) -> None:
-        """Put the cells of the next tokens behind those it has, in a buffer that is as long as it can get."""
-        if not len(self.cells):
-            self.cells = torch.empty(len(self.request.prompt) + self.request.new, dtype=torch.int64)
-        self.cells[self.cached : self.cached + len(cells)] = cells
-
-    def alone(self, size: int) -> int:
-        """Its tokens that lie in no page of `size`."""
-        return len(self.request.prompt) + len(self.answer) - size * len(self.pages)
-
-    @property
-    def digest(self) -> str | None:
-        return self.resident.digest if self.resident is not None else None
-
-    @property
-    def due(self) -> int:
-        """Tokens that are not in the cache yet."""
-        return len(self.request.prompt) + len(self.answer) - self.cached
 
 
 class Engine:
@@ -123,6 +52,8 @@ class Engine:
         first_token: seconds within which the first token must come; a request that would miss them is given up at once,
             and under overload the newest are served first (see `admission.EarlyAbort`). None: nobody is given up.
         prefixes: keep what was read in pages that later requests with the same delta and beginning need not read again.
+        guess: tokens up to which a step with fewer is filled with guesses of what requests write next (0: none; None: as
+            many as the device computes at little cost).
         dominant: share of the tokens from which on a delta is merged for a while (`dominant`; fp32 bases); None: never.
         clock: the time in seconds that `Request.arrived` is told in.
     """
@@ -138,20 +69,24 @@ class Engine:
         policy: str = "fcfs",
         first_token: float | None = None,
         prefixes: bool = True,
+        guess: int | None = None,
         dominant: float | None = 0.75,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if chunk < 1:
-            raise UsageError(f"must be at least 1, got {chunk}", where="chunk")
+        guess = GUESS.get(base.device.type, GUESS["cpu"]) if guess is None else guess
+        for name, value, least in (("chunk", chunk, 1), ("guess", guess, 0)):
+            if value < least:
+                raise UsageError(f"must be at least {least}, got {value}", where=name)
         self.base, self.library, self.chunk, self.policy = base, library, chunk, policy
         self.limits = Limits(cells, requests)
-        self.pool, self.counters, self.prefixes = Pool(cells), Counters(), prefixes
+        self.pool, self.counters, self.prefixes, self.guess = Pool(cells), Counters(), prefixes, guess
+        self.guessed = self.right = 0  # tokens that were guessed, and guesses that were right
         self.pages = Pages(self.pool)
         self.abort = None if first_token is None else EarlyAbort(first_token)
         self.clock = clock
         self._arrived = self._seen = self._admitted = 0
         self.waiting: list[Request] = []
-        self.live: dict[str, _Live] = {}
+        self.live: dict[str, Live] = {}
         self.why_slow: str | None = None
         try:
             self.decoder: Decoder | None = Decoder.find(base)
@@ -251,10 +186,7 @@ class Engine:
     # joining and leaving
 
     def _join(self) -> list[Event]:
-        # Tokens that are known but not read yet count as read: a prompt may be read faster than a token a step.
-        size = self.pages.size
-        running = [Running(r.request.id, *_worst(r.alone(size), r.request.new - len(r.answer), r.caches), r.digest)
-                   for r in self.live.values()]  # fmt: skip
+        running = self._running()
         events: list[Event] = []
         requests, queue = {w.id: w for w in self.waiting}, []
         if len(self._cells) > 2 * len(self.library.entries) + len(self.live):  # versions that are no more
@@ -296,14 +228,25 @@ class Engine:
                 self.pages.make_room(self._cells[held.digest])
                 self.pool.take(("delta", held.digest), self._cells[held.digest])
             guide = None if request.rule is None else request.rule.start(request.stop)
-            self.live[request.id] = live = _Live(request, held, self._shareable(held), guide, caches=caches)
+            self.live[request.id] = live = Live(request, held, self._shareable(held), guide, caches=caches)
             if live.shared and self.prefixes:
                 self._resume(live)
         self.waiting = [w for w in self.waiting if w.id in requests]
         self.library.prefetch(w.delta for w in self.waiting[:LOOK_AHEAD] if w.delta is not None)
         return events
 
-    def _resume(self, r: _Live) -> None:
+    def _running(self) -> list[Running]:
+        """The batch as admission sees it, with this step's guesses for tokens that were written.
+
+        Tokens that are known but not read yet count as read: a prompt may be read faster than a token a step.
+        """
+        out = []
+        for r in self.live.values():
+            used, left = r.alone(self.pages.size) + len(r.guessed), r.request.new - len(r.answer) - len(r.guessed)
+            out.append(Running(r.request.id, *_worst(used, left, r.caches), r.digest))
+        return out
+
+    def _resume(self, r: Live) -> None:
         """Begin behind what is cached of its prompt."""
         r.pages = self.pages.find(r.digest, r.request.prompt)
         self.pages.hold(r.pages)
@@ -335,7 +278,7 @@ class Engine:
         carriers = {a.carrier for actions in held.other.values() for a in actions}
         return held.paths <= self.decoder.paths and carriers <= {"weight", "hidden"}
 
-    def _leave(self, r: _Live) -> None:
+    def _leave(self, r: Live) -> None:
         self.pool.give_back(("cache", r.request.id))
         self.pages.release(r.pages)
         if r.resident is None:
@@ -347,7 +290,7 @@ class Engine:
     # computing
 
     @torch.inference_mode()
-    def _shared(self, batch: Sequence[_Live]) -> list[Event]:
+    def _shared(self, batch: Sequence[Live]) -> list[Event]:
         """One pass for every request of the shared batch, those of one delta beside each other."""
         assert self.decoder is not None
         room, taking = self.chunk, []
@@ -356,30 +299,80 @@ class Engine:
             if n:
                 room -= n if r.due > 1 else 0
                 taking.append((r, n))
+        self._look_ahead(taking)
+        taking = self._in_order([(r, n + len(r.guessed)) for r, n in taking])
         self._give_cells(taking)
-        taking = self._in_order(taking)
-        spans, flat, mix, last, at = [], [], [], [], 0
+        spans, flat, mix, drawing, at = [], [], [], [], 0
+        wanted: list[int] = []  # the places of tokens after which one is drawn
         for r, n in taking:
+            known = n - len(r.guessed)
             spans.append(Span(r.cells[: r.cached + n], r.cached, n))
-            flat += r.next(n)
+            flat += [*r.next(known), *r.guessed]
             mix.append((r.resident, at, at + n))
+            if known == r.due:
+                drawing.append((r, len(wanted)))
+                wanted += range(at + known - 1, at + n)
             at += n
-            if n == r.due:
-                last.append((r, at - 1))
-            r.cached += n
+            r.cached += known
         tokens = torch.tensor(flat, device=self.base.device)
         h = self.decoder(tokens, self.cache.view(spans), self._mixture(mix))
         if self.prefixes:
             for r, _ in taking:
                 self._keep_pages(r)
-        if not last:
+        if not wanted:
             return []
-        if len(last) < at:
-            h = h[torch.tensor([i for _, i in last], device=h.device)]
-        z = self.decoder.logits(h, self._mixture([(r.resident, i, i + 1) for i, (r, _) in enumerate(last)]))
-        return self._draw([r for r, _ in last], z)
+        if len(wanted) < at:
+            h = h[torch.tensor(wanted, device=h.device)]
+        mix = [(r.resident, i, i + 1 + len(r.guessed)) for r, i in drawing]
+        return self._draw_ahead(drawing, self.decoder.logits(h, self._mixture(mix)))
 
-    def _give_cells(self, taking: Sequence[tuple[_Live, int]]) -> None:
+    def _look_ahead(self, taking: Sequence[tuple[Live, int]]) -> None:
+        """Guess what requests write next, as far as the step has room for it and the pool for all of them to end."""
+        assert self.decoder is not None
+        for r, _ in taking:
+            r.guessed = []
+        room = self.guess - sum(n for _, n in taking)
+        if room < 1:
+            return
+        for i, (r, _) in enumerate(taking):
+            r.guessed = r.guess(room // (len(taking) - i))
+            room -= len(r.guessed)
+        digests = {r.digest for r in self.live.values() if r.digest is not None}
+        free = self.limits.cells - self.pages.in_use - sum(self._cells[d] for d in digests)
+        if need((r.used, r.left) for r in self._running()) > free:
+            for r, _ in taking:
+                r.guessed = []
+
+    def _draw_ahead(self, drawing: Sequence[tuple[Live, int]], z: Tensor) -> list[Event]:
+        """The next tokens of requests: logits in `z` lie from their number on, one row more than each has guessed."""
+        events = self._draw([r for r, _ in drawing], z if len(z) == len(drawing) else z[[i for _, i in drawing]])
+        guessing, step = [(r, i) for r, i in drawing if r.guessed], 0
+        while True:  # those whose guess is what they wrote draw once more
+            more = [(r, i) for r, i in guessing if step < len(r.guessed) and r.request.id in self.live
+                    and r.answer[-1] == r.guessed[step]]  # fmt: skip
+            if not more:
+                break
+            step += 1
+            for r, _ in more:
+                r.cached += 1
+            events += self._draw([r for r, _ in more], z[[i + step for _, i in more]])
+            guessing = more
+        for r, _ in drawing:
+            if r.guessed:
+                self._settle(r)
+        return events
+
+    def _settle(self, r: Live) -> None:
+        """Give back the cells of guesses that were wrong."""
+        wrong, made = r.held - r.cached, len(r.guessed)
+        if r.request.id in self.live and wrong:
+            self.pool.hand_over(("cache", r.request.id), r.cells[r.cached : r.held], None)
+        r.held, r.guessed = r.cached, []
+        if r.guesses is not None:
+            r.guesses.told(made, made - wrong)
+        self.guessed, self.right = self.guessed + made, self.right + made - wrong
+
+    def _give_cells(self, taking: Sequence[tuple[Live, int]]) -> None:
         """Cells for the next tokens of each request."""
         self.pages.make_room(sum(n for _, n in taking))
         single = [r for r, n in taking if n == 1]
@@ -388,9 +381,10 @@ class Engine:
             r.grow(cell[None])
         for r, n in taking:
             if n > 1:
-                r.grow(self.pool.take(("cache", r.request.id), n))
+                behind = int(r.cells[r.cached - 1]) if r.cached else None
+                r.grow(self.pool.take(("cache", r.request.id), n, behind=behind))
 
-    def _keep_pages(self, r: _Live) -> None:
+    def _keep_pages(self, r: Live) -> None:
         """Make pages of what is in its cache; where there is one already, read that one instead."""
         size = self.pages.size
         while (done := size * len(r.pages)) + size <= r.cached:
@@ -401,7 +395,7 @@ class Engine:
             mine.copy_(page.cells)
             r.pages.append(page)
 
-    def _in_order(self, taking: list[tuple[_Live, int]]) -> list[tuple[_Live, int]]:
+    def _in_order(self, taking: list[tuple[Live, int]]) -> list[tuple[Live, int]]:
         """Requests of one delta beside each other, deltas in the order in which their factors lie."""
         sizes: dict[int, int] = {}
         for r, n in taking:
@@ -422,7 +416,7 @@ class Engine:
             self._mixtures.popitem(last=False)
         return found
 
-    def _apart(self, r: _Live) -> list[Event]:
+    def _apart(self, r: Live) -> list[Event]:
         """The next token of one request by its decoder, or by the model's own forward pass over all its tokens."""
         try:
             z = self._guided(r) if r.resident is not None and r.resident.decoder is not None else self._whole(r)
@@ -433,7 +427,7 @@ class Engine:
         r.cached = len(r.tokens)
         return self._draw([r], z[None])
 
-    def _whole(self, r: _Live) -> Tensor:
+    def _whole(self, r: Live) -> Tensor:
         """Logits [V] after all tokens of a request, read anew."""
         ids = torch.tensor([r.tokens], device=self.base.device)
         with self.base.evaluating(), self.base.using(r.resident.view if r.resident is not None else None):
@@ -442,7 +436,7 @@ class Engine:
             raise UsageError("the model gave no logits", where=self.base.name)
         return z[0, -1]
 
-    def _guided(self, r: _Live) -> Tensor:
+    def _guided(self, r: Live) -> Tensor:
         """Log-probabilities [V] of a request's decoder, whose members keep caches of their own."""
         if r.joint is None:
             assert r.resident is not None and r.resident.decoder is not None
@@ -450,7 +444,7 @@ class Engine:
             return r.joint.start([r.request.prompt])[0]
         return r.joint.more([r.answer[-1]])[0]
 
-    def _draw(self, rows: Sequence[_Live], z: Tensor) -> list[Event]:
+    def _draw(self, rows: Sequence[Live], z: Tensor) -> list[Event]:
         """The next token of each request from logits [n, V], and who ends with it."""
         given: list[Row | TunesmithError] = [_row(r, z) for r in rows]
         drawn = choose_each(z, [g if isinstance(g, Row) else Row(GREEDY) for g in given])
@@ -462,7 +456,7 @@ class Engine:
             )
         return events
 
-    def _wrote(self, r: _Live, chosen: Chosen) -> Event:
+    def _wrote(self, r: Live, chosen: Chosen) -> Event:
         ends = chosen.token in r.request.stop
         try:
             if r.guide is not None and not ends:
@@ -480,13 +474,13 @@ class Engine:
         self._leave(r)
         return Event(r.request.id, chosen, "stop" if over else "length")
 
-    def _end(self, r: _Live, reason: str, error: TunesmithError | None = None) -> Event:
+    def _end(self, r: Live, reason: str, error: TunesmithError | None = None) -> Event:
         self.live.pop(r.request.id)
         self._leave(r)
         return Event(r.request.id, None, reason, error)
 
 
-def _row(r: _Live, z: Tensor) -> Row | TunesmithError:
+def _row(r: Live, z: Tensor) -> Row | TunesmithError:
     """What a request's next token is drawn by, or why it cannot be."""
     try:
         allowed = None if r.guide is None else r.guide.allowed(z.shape[1]).to(z.device)

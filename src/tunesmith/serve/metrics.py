@@ -17,6 +17,8 @@ def exposition(worker: Worker) -> str:
         "steps_total": (c.steps, "steps of the engine"),
         "busy_seconds_total": (c.busy_seconds, "seconds spent in steps"),
         "prefix_tokens_total": (now["prefix_tokens"], "prompt tokens found in the cache"),
+        "guessed_tokens_total": (now["guessed"], "tokens that were guessed"),
+        "guessed_right_total": (now["guessed_right"], "guesses that were what was written"),
         "delta_loads_total": (now["loads"], "deltas read from disk"),
         "delta_evictions_total": (now["evictions"], "deltas let go from memory"),
     }

@@ -42,10 +42,11 @@ class Pool:
     def used(self) -> int:
         return self.cells - self.free
 
-    def take(self, owner: Hashable, n: int, *, together: bool = False) -> Tensor:
+    def take(self, owner: Hashable, n: int, *, together: bool = False, behind: int | None = None) -> Tensor:
         """`n` cells for `owner`, int64 and rising; with `together` neighbours where there is such a run.
 
-        Raises ResourceError when fewer than `n` are free; then nothing was taken.
+        `behind` a cell: those that follow it, as far as they are free, and then others. Raises ResourceError when fewer
+        than `n` are free; then nothing was taken.
         """
         if n < 0:
             raise UsageError(f"cannot take {n} cells")
@@ -53,7 +54,9 @@ class Pool:
             raise ResourceError(f"{n} cells were asked for and {self.free} of {self.cells} are free", where="pool")
         found = self._run(n) if together and n else None
         if found is None:
-            found = self._from_runs(n).sort().values
+            found = self._following(behind, n)
+            self._free[found] = False
+            found = torch.cat([found, self._from_runs(n - len(found)).sort().values])
         self._free[found] = False
         self.free -= n
         self._owned.setdefault(owner, []).append(found)
@@ -86,6 +89,13 @@ class Pool:
             wanted[~good] = self._from_runs(rest, step=RUN)
             self._free[wanted[good]] = True
         return wanted
+
+    def _following(self, cell: int | None, n: int) -> Tensor:
+        """The free cells that follow one without a gap, at most `n`."""
+        if cell is None:
+            return torch.empty(0, dtype=torch.int64)
+        good = self._free[cell + 1 : cell + 1 + n].long().cumprod(0)
+        return torch.arange(cell + 1, cell + 1 + int(good.sum()))
 
     def _from_runs(self, n: int, step: int = 1) -> Tensor:
         """`n` free cells: every `step`-th of the runs that are free as a whole, then whatever is free."""

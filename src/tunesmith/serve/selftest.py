@@ -12,8 +12,9 @@ from torch import Tensor
 from tunesmith.core.base import Base
 from tunesmith.core.errors import UsageError
 from tunesmith.core.trace import primary
-from tunesmith.serve.engine import Engine, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Request
 from tunesmith.serve.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)

@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
 from tunesmith.serve.encoder import Encoder, Outcome, Reading
-from tunesmith.serve.engine import Engine, Event, Request
+from tunesmith.serve.engine import Engine
 from tunesmith.serve.library import Library
+from tunesmith.serve.requests import Event, Request
 
 log = logging.getLogger("tunesmith.serve")
 T = TypeVar("T")
@@ -250,7 +251,7 @@ class Worker:
         times = sorted(self.counts.first_token_seconds)
         at = {p: times[min(len(times) - 1, int(p * len(times)))] if times else 0.0 for p in (0.5, 0.95)}
         writing: dict[str, Any] = {"running": 0, "waiting": 0, "cells": 0, "cells_free": 0, "cells_cached": 0,
-                                   "prefix_tokens": 0}  # fmt: skip
+                                   "prefix_tokens": 0, "guessed": 0, "guessed_right": 0}  # fmt: skip
         if self.engine is not None:
             e = self.engine
             writing = {
@@ -260,6 +261,8 @@ class Worker:
                 "cells_free": e.free,
                 "cells_cached": e.pages.unused,
                 "prefix_tokens": e.pages.found,
+                "guessed": e.guessed,
+                "guessed_right": e.right,
             }
         return {
             **writing, "reading": 0 if self.encoder is None else self.encoder.waiting,

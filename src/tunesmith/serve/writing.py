@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.layout import stop_ids_for
 from tunesmith.data.templates import prompt_ids
-from tunesmith.serve import engine
+from tunesmith.serve import requests
 from tunesmith.serve.constrain import Rule
 from tunesmith.serve.library import Entry
 from tunesmith.serve.sampling import Chosen
@@ -60,14 +60,14 @@ def add(app: FastAPI, service: Service) -> None:
 def _made(
     service: Service, body: ChatRequest | CompletionRequest, entry: Entry | None, prompt: list[int], most: int | None,
     logprobs: int, rule: Rule | None = None,
-) -> engine.Request:  # fmt: skip
+) -> requests.Request:  # fmt: skip
     """The engine's request. Raises UsageError for a model that does not write."""
     if service.does(entry) != "chat" or service.worker.engine is None:
         raise UsageError("the model writes no text", where="model", hint=f"POST /v1/{service.does(entry)}")
     id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
     room = service.worker.engine.longest - len(prompt)
     new = max(1, min(DEFAULT_TOKENS, room)) if most is None else most
-    return engine.Request(
+    return requests.Request(
         id, tuple(prompt), new, None if entry is None else entry.name,
         body.sampling(uuid.UUID(id.rpartition("-")[2]).int % 2**63, logprobs),
         frozenset(stop_ids_for(service.base, service.layout(entry))), time.monotonic(), rule,
@@ -82,7 +82,7 @@ class Answer:
         self.tokens, self.reason = 0, "length"
         self._pending: list[Chosen] = []
 
-    def take(self, event: engine.Event) -> tuple[str, list[Chosen]] | None:
+    def take(self, event: requests.Event) -> tuple[str, list[Chosen]] | None:
         """The next piece of text and the tokens since the last, or None. Raises the event's error."""
         if event.error is not None:
             raise event.error
@@ -112,12 +112,12 @@ class Answer:
 class _Shape:
     """How an endpoint spells answers; `piece` and `whole` give choices."""
 
-    def __init__(self, service: Service, body: Any, made: engine.Request) -> None:
+    def __init__(self, service: Service, body: Any, made: requests.Request) -> None:
         self.answer = Answer(service.base.tokenizer, body.stops(), bool(body.logprobs))
         self.head = {"id": made.id, "created": int(time.time()), "model": body.model}
         self.logprobs = bool(body.logprobs)
 
-    def usage(self, made: engine.Request) -> dict[str, int]:
+    def usage(self, made: requests.Request) -> dict[str, int]:
         n, new = len(made.prompt), self.answer.tokens
         return {"prompt_tokens": n, "completion_tokens": new, "total_tokens": n + new}
 
@@ -166,7 +166,7 @@ class _Completion(_Shape):
 
 
 async def _respond(
-    service: Service, request: Request, body: Any, made: engine.Request, shape: _Chat | _Completion
+    service: Service, request: Request, body: Any, made: requests.Request, shape: _Chat | _Completion
 ) -> Response:
     began = time.monotonic()
     events = service.worker.serve(made)
@@ -194,7 +194,11 @@ async def _respond(
 
 
 async def _stream(
-    events: AsyncIterator[engine.Event], head: engine.Event, body: Any, made: engine.Request, shape: _Chat | _Completion
+    events: AsyncIterator[requests.Event],
+    head: requests.Event,
+    body: Any,
+    made: requests.Request,
+    shape: _Chat | _Completion,
 ) -> AsyncIterator[str]:
     def line(choices: list[dict[str, Any]], **more: Any) -> str:
         return f"data: {json.dumps({**shape.head, 'object': shape.chunk, 'choices': choices, **more})}\n\n"
@@ -221,7 +225,7 @@ async def _stream(
 
 
 async def _logged(
-    lines: AsyncIterator[str], made: engine.Request, shape: _Chat | _Completion, began: float
+    lines: AsyncIterator[str], made: requests.Request, shape: _Chat | _Completion, began: float
 ) -> AsyncIterator[str]:
     try:
         async with aclosing(lines) as stream:  # type: ignore[type-var]
@@ -231,5 +235,5 @@ async def _logged(
         _log(made, shape, began)
 
 
-def _log(made: engine.Request, shape: _Chat | _Completion, began: float) -> None:
+def _log(made: requests.Request, shape: _Chat | _Completion, began: float) -> None:
     log_request(made.id, shape.head["model"], shape.answer.reason, shape.usage(made), began)
