@@ -11,7 +11,9 @@ faster) and for memory (below 1 is leaner), of medians over the repeats. `met` i
 decode      32 rows, 32 distinct LoRA (r=8 on q, k, v, o), tokens/s of decoding; peer: PEFT `adapter_names`
 own-base    the same against this engine without a delta
 base        this engine without a delta; peer: the transformers model alone, as PEFT's base runs
-single      one request, one delta, prompt included; peer: transformers generate with the delta merged
+single      five plain requests (`serve_prompts.py`), one at a time under one delta that changes the model a little, the
+            reading of the prompt included; peer: transformers generate with the delta merged. Ours guesses, as it does by
+            default; the row also has ours without guesses and the peer with its prompt lookup
 library     2,000 registered and 64 in use, every request waiting from the start, cold reads included; against 5 and 5
 register    2,000 deltas from their headers; peer: PEFT load_adapter of 32
 activation  making a cold delta ready, 64 of them; flat: the same with 100 and with 10,000 registered
@@ -35,6 +37,7 @@ from measure import Goal, Result, chosen, facts, finish, in_turn, judged, median
 
 SIDES = Path(__file__).with_name("serve_sides.py")
 ROWS = ("decode", "own-base", "base", "single", "library", "register", "activation", "load")
+LOOKUP = 5  # guesses of the peer's prompt lookup at a time, as many as ours in a step
 DECODE = ("decode", "own-base", "base")
 GOALS: dict[str, list[Goal]] = {
     "decode": [Goal("speed_ratio", at_least=10.0)],
@@ -48,13 +51,13 @@ GOALS: dict[str, list[Goal]] = {
 }
 MANY: dict[str, Any] = {"rows": 32, "prompt": 64, "warm": 4, "steps": 48}
 FULL: dict[str, Any] = {
-    "decode": MANY, "single": {"prompt": 64, "new": 96, "turns": 3},
+    "decode": MANY, "single": {"new": 96, "turns": 5},
     "trace": {"requests": 192, "registered": 2000, "used": 64, "few": 5, "seed": 0},
     "register": {"deltas": 2000, "real": 64, "known": 100, "all": 10000, "peer": 32},
     "load": {"shares": [0.5, 0.8, 1.0, 1.5, 2.0], "seconds": 12.0, "target": 2.0, "used": 16, "seed": 0},
 }  # fmt: skip
 QUICK: dict[str, Any] = {
-    "decode": {"rows": 4, "prompt": 8, "warm": 1, "steps": 3}, "single": {"prompt": 8, "new": 6, "turns": 1},
+    "decode": {"rows": 4, "prompt": 8, "warm": 1, "steps": 3}, "single": {"new": 6, "turns": 1},
     "trace": {"requests": 8, "registered": 24, "used": 4, "few": 2, "seed": 0},
     "register": {"deltas": 20, "real": 2, "known": 5, "all": 40, "peer": 2},
     "load": {"shares": [0.5, 2.0], "seconds": 2.0, "target": 1.0, "used": 2, "seed": 0},
@@ -88,11 +91,11 @@ class Bench:
             self.runs[name]["agreement"] = agreement(runs["loras"][0]["answers"], runs["peft"][0]["answers"])
         return {label: medians(rs) for label, rs in runs.items()}
 
-    def stock(self, name: str, count: int, ranks: list[int], fillers: int = 0) -> str:
+    def stock(self, name: str, count: int, ranks: list[int], fillers: int = 0, size: float = 0.02) -> str:
         folder = self.place / name
         if not folder.is_dir():
             folder.mkdir()
-            self.run("stock", "ours", folder=str(folder), count=count, ranks=ranks, fillers=fillers)
+            self.run("stock", "ours", folder=str(folder), count=count, ranks=ranks, fillers=fillers, size=size)
         return str(folder)
 
     def decode(self, wanted: list[str]) -> list[Result]:
@@ -113,9 +116,12 @@ class Bench:
         return [row(w, what, m[a], m[b]) for w, (what, a, b) in works.items() if w in wanted]
 
     def single(self) -> Result:
-        more = {**self.sizes["single"], "folder": self.stock("alike", self.sizes["decode"]["rows"], [8])}
-        m = self.turns("single", {"ours": ("single", "ours", more), "peer": ("single", "peer", more)})
-        return row("single", "single stream, one delta; peer transformers generate, merged", m["ours"], m["peer"])
+        more = {**self.sizes["single"], "folder": self.stock("slight", 1, [8], size=0.002)}
+        sides = {"ours": ("ours", {"guess": None}), "peer": ("peer", {"lookup": 0}), "ours, no guesses": ("ours", {"guess": 0}),
+                 "peer, prompt lookup": ("peer", {"lookup": LOOKUP})}  # fmt: skip
+        m = self.turns("single", {k: ("single", side, {**more, **how}) for k, (side, how) in sides.items()})
+        found = row("single", "single stream, one delta; peer transformers generate, merged", m["ours"], m["peer"])
+        return {**found, "others": {k: m[k] for k in list(sides)[2:]}}
 
     def library(self) -> Result:
         size = self.sizes["trace"]
