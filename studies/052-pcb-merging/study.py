@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.study.spec import Context, Raw, Study, Verdict
-
-if TYPE_CHECKING:
-    pass
 
 TASKS = ("digits-rotated", "things-inverted", "alphabets", "glyphs")
 TA, TIES, PCB = "task arithmetic", "ties", "pcb"
@@ -18,6 +15,7 @@ METHODS = {TA: "task-arithmetic", TIES: "ties:density=0.2", PCB: "pcb:ratio=0.1"
 ABLATIONS = {
     "ratio 0.05": "pcb:ratio=0.05", "ratio 0.2": "pcb:ratio=0.2", "ratio 0.5": "pcb:ratio=0.5",
     "others scaled to one size": "pcb:ratio=0.1,agree=normed",
+    "size alone": "pcb:ratio=0.1,use=size", "agreement alone": "pcb:ratio=0.1,use=agreement",
 }  # fmt: skip
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.2, 1.5, 2.0)
 LRS = (1e-4, 4e-4)
@@ -133,7 +131,6 @@ STUDY = Study(
         "The head of each task is a linear probe on the base's features and stays fixed while the backbone is tuned, as CLIP's "
         "are; the card keeps heads that were tuned too.",
         "The class token and the position table are not tuned: deltas change layers only.",
-        "The card's ablations without either of the two scores are left out, since the merge has no such option; other ratios "
-        "and the form of the vision script are measured on the first seed.",
+        "Scores of size or agreement alone, other ratios and the form of the vision script are measured on the first seed.",
     ),
 )
