@@ -31,7 +31,7 @@ class Sampling:
         repetition: divides positive and multiplies negative logits of tokens in prompt or answer (Keskar et al. 2019);
             presence, frequency: taken off the logits of tokens in the answer, once or per occurrence.
         bias: added to the logits of single tokens.
-        logprobs: how many alternatives are reported with each token.
+        logprobs: how many alternatives are reported with each token and its log probability; None: neither.
     Raises UsageError for a value out of range.
     """
 
@@ -43,7 +43,7 @@ class Sampling:
     presence: float = 0.0
     frequency: float = 0.0
     seed: int = 0
-    logprobs: int = 0
+    logprobs: int | None = None
     bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Sampling:
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if not low <= value <= high:  # also refuses NaN
+            if value is not None and not low <= value <= high:  # also refuses NaN
                 raise UsageError(f"must lie in {low} .. {high}, got {value}", where=name)
         if self.top_p == 0:
             raise UsageError("must be above 0", where="top_p", hint="temperature=0 takes the most likely token")
@@ -74,10 +74,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token with its log probability under the model (before temperature and filters), and the likeliest others."""
+    """A token and, where asked for, its log probability under the model (before temperature and filters) and the likeliest."""
 
     token: int
-    logprob: float
+    logprob: float | None = None
     others: tuple[tuple[int, float], ...] = ()
 
 
@@ -98,27 +98,60 @@ def choose_each(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | UsageError
     """The same, with the error of a row in the place of its token."""
     if logits.dim() != 2 or len(rows) != len(logits):
         raise UsageError(f"{len(rows)} rows cannot draw from logits of shape {tuple(logits.shape)}")
-    raw = logits.float()
-    logp = torch.log_softmax(raw, -1)  # [n, V]
-    z, errors = _edited(raw, rows)
+    top, best = logits.max(-1)  # NaN is above every number
+    tokens, out_of_range = best.tolist(), (~(top < float("inf"))).tolist()
+    errors: list[UsageError | None] = [_not_finite() if bad else None for bad in out_of_range]
+    some = [i for i, r in enumerate(rows) if errors[i] is None and not _plain(r)]
+    if some:
+        z, found = _edited(logits[some].float(), [rows[i] for i in some])
+        for i, token, error in zip(some, _drawn(z, [rows[i] for i in some], found), found, strict=True):
+            tokens[i], errors[i] = token, error
+    told = _log_probabilities(logits, rows, tokens)
+    return [error or told.get(i, Chosen(token)) for i, (token, error) in enumerate(zip(tokens, errors, strict=True))]
+
+
+def _plain(row: Row) -> bool:
+    """Whether a row takes the likeliest token whatever it has written."""
+    s = row.sampling
+    return s.temperature == 0 and not _edits(row)
+
+
+def _edits(row: Row) -> bool:
+    """Whether a row's logits are changed before a token is drawn."""
+    s = row.sampling
+    written = bool((s.presence or s.frequency) and row.answer)
+    return s.repetition != 1.0 or written or bool(s.bias) or row.allowed is not None
+
+
+def _not_finite() -> UsageError:
+    return UsageError("the logits of a row are not finite", hint="is its delta trained, and in a dtype it fits?")
+
+
+def _drawn(z: Tensor, rows: Sequence[Row], errors: Sequence[UsageError | None]) -> list[int]:
+    """The token of each row of edited logits [n, V]; any where there is an error."""
     tokens = z.argmax(-1)
     drawn = [i for i, r in enumerate(rows) if r.sampling.temperature > 0 and errors[i] is None]
     if drawn:
         at = torch.tensor(drawn, device=z.device)
         tokens[at] = _draw(_filtered(z[at], [rows[i].sampling for i in drawn]), [rows[i] for i in drawn])
-    likely = logp.gather(1, tokens[:, None])[:, 0].tolist()
-    most = max(r.sampling.logprobs for r in rows) if rows else 0
+    return tokens.tolist()
+
+
+def _log_probabilities(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> dict[int, Chosen]:
+    """What was chosen with log probabilities, for the rows that want them."""
+    wanted = [i for i, r in enumerate(rows) if r.sampling.logprobs is not None]
+    if not wanted:
+        return {}
+    logp = torch.log_softmax(logits[wanted].float(), -1)  # [n, V]
+    most = max(rows[i].sampling.logprobs or 0 for i in wanted)
     top = torch.topk(logp, min(most, logp.shape[1])) if most else None
-    out: list[Chosen | UsageError] = []
-    for i, (row, token, error) in enumerate(zip(rows, tokens.tolist(), errors, strict=True)):
-        if error is not None:
-            out.append(error)
-            continue
-        k = row.sampling.logprobs
+    out = {}
+    for n, i in enumerate(wanted):
+        k = rows[i].sampling.logprobs or 0
         others = () if top is None or not k else tuple(
-            zip(top.indices[i, :k].tolist(), top.values[i, :k].tolist(), strict=True)
+            zip(top.indices[n, :k].tolist(), top.values[n, :k].tolist(), strict=True)
         )  # fmt: skip
-        out.append(Chosen(token, likely[i], others))
+        out[i] = Chosen(tokens[i], float(logp[n, tokens[i]]), others)
     return out
 
 
@@ -134,14 +167,10 @@ def _edited(raw: Tensor, rows: Sequence[Row]) -> tuple[Tensor, list[UsageError |
     """The logits [n, V] after penalties, bias and constraints, `raw` itself where there are none; what is wrong with rows."""
     errors: list[UsageError | None] = [None] * len(rows)
     for i in (~(raw.amax(-1) < float("inf"))).nonzero().flatten().tolist():  # NaN is not below it either
-        errors[i] = UsageError(
-            "the logits of a row are not finite", hint="is its delta trained, and in a dtype it fits?"
-        )
+        errors[i] = _not_finite()
     z = raw
     for i, row in enumerate(rows):
-        s = row.sampling
-        written = bool((s.presence or s.frequency) and row.answer)
-        if errors[i] is not None or not (s.repetition != 1.0 or written or s.bias or row.allowed is not None):
+        if errors[i] is not None or not _edits(row):
             continue
         z = raw.clone() if z is raw else z
         try:

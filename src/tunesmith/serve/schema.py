@@ -86,7 +86,7 @@ class _Common(_Strict):
     def stops(self) -> list[str]:
         return [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
-    def sampling(self, seed: int, logprobs: int) -> Sampling:
+    def sampling(self, seed: int, logprobs: int | None) -> Sampling:
         def given(value: Any, default: Any) -> Any:
             return default if value is None else value
 

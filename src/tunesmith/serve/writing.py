@@ -38,7 +38,7 @@ def add(app: FastAPI, service: Service) -> None:
         messages = [m.plain() for m in body.messages]
         info = service.layout(entry)
         prompt = prompt_ids(messages, service.base.tokenizer, info.system, info.template)
-        many = (body.top_logprobs or 0) if body.logprobs else 0
+        many = (body.top_logprobs or 0) if body.logprobs else None
         schema = body.response_format.schema_wanted() if body.response_format is not None else None
         rule = None if schema is None else await asyncio.to_thread(service.schemas.rule, schema)
         made = _made(service, body, entry, prompt, body.max_completion_tokens or body.max_tokens, many, rule)
@@ -53,13 +53,13 @@ def add(app: FastAPI, service: Service) -> None:
             prompt = [int(i) for i in service.base.tokenizer(body.prompt)["input_ids"]]
         else:
             prompt = body.prompt
-        made = _made(service, body, entry, prompt, body.max_tokens or 16, body.logprobs or 0)
+        made = _made(service, body, entry, prompt, body.max_tokens or 16, body.logprobs or None)
         return await _respond(service, request, body, made, _Completion(service, body, made))
 
 
 def _made(
     service: Service, body: ChatRequest | CompletionRequest, entry: Entry | None, prompt: list[int], most: int | None,
-    logprobs: int, rule: Rule | None = None,
+    logprobs: int | None, rule: Rule | None = None,
 ) -> requests.Request:  # fmt: skip
     """The engine's request. Raises UsageError for a model that does not write."""
     if service.does(entry) != "chat" or service.worker.engine is None:
@@ -136,7 +136,7 @@ class _Chat(_Shape):
         return {"index": 0, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": reason}
 
     def _logprobs(self, tokens: list[Chosen]) -> dict[str, Any] | None:
-        def one(token: int, logprob: float) -> dict[str, Any]:
+        def one(token: int, logprob: float | None) -> dict[str, Any]:
             text = self.answer.spelled(token)
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
