@@ -3,8 +3,8 @@
 
 A benchmark says what one run of one side does (`process` starts it, the worker answers with one line of JSON), and the
 rest is here: `in_turn` alternates the sides so that a change of load reaches all of them, `medians` sums the runs up,
-`judged` holds a row against its goals, `matrix_rate` measures what the machine could do at most, and `finish` prints and
-writes. Nothing here imports tunesmith, so that a peer's worker can use it without paying for it.
+`judged` holds a row against its goals, `matrix_rate` measures what the machine could do at most, and `Results` prints and
+writes, row by row. Nothing here imports tunesmith, so that a peer's worker can use it without paying for it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ def options(about: str | None, rows: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side in each row (default 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each run (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the results with their environment here")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write the rows with their environment here; others that are there stay",
+    )
     parser.add_argument("--quick", action="store_true", help="see that it works: tiny sizes, once, no result")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
@@ -181,16 +186,40 @@ def commit() -> str:
     return "unknown" if head is None or status is None else head + ("+dirty" if status else "")
 
 
-def finish(args: argparse.Namespace, rows: Sequence[Result], about: Mapping[str, Any], text: str) -> None:
-    """Print the table or the JSON, and write the file; a quick run writes none and says what it is."""
-    whole = {"command": " ".join(["python", *sys.argv]), **about, "threads": args.threads, "rows": list(rows)}
-    if args.quick:
-        whole = {"quick": "tiny sizes, once: no result", **whole}
-        text = f"{text}\nquick run: tiny sizes, once; these numbers are no result"
-    elif args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(whole) if args.json else text)
+class Results:
+    """The rows of one run of a benchmark, and their file, which is written after every row.
+
+    Rows that were measured before and are not measured now stay in the file. Each says what it was `measured` with. A
+    quick run writes no file.
+    """
+
+    def __init__(self, args: argparse.Namespace, about: Mapping[str, Any]) -> None:
+        self.args, self.rows = args, list[Result]()
+        self.measured = {"command": " ".join(["python", *sys.argv]), **about, "threads": args.threads}
+        self._out: Path | None = None if args.quick else args.out
+        self._before = json.loads(self._out.read_text())["rows"] if self._out and self._out.is_file() else []
+
+    def add(self, *rows: Result) -> None:
+        self.rows += [{**row, "measured": self.measured} for row in rows]
+        if self._out is None:
+            return
+        now = {named(row): row for row in self.rows}
+        whole = [now.pop(named(row), row) for row in self._before] + list(now.values())
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._out.write_text(json.dumps({"rows": whole}, indent=1) + "\n", encoding="utf-8")
+
+    def finish(self, text: str) -> None:
+        """Print the table, or the rows of this run as JSON; a quick run says what it is."""
+        whole: Result = {"rows": self.rows}
+        if self.args.quick:
+            whole = {"quick": "tiny sizes, once: no result", **whole}
+            text = f"{text}\nquick run: tiny sizes, once; these numbers are no result"
+        print(json.dumps(whole) if self.args.json else text)
+
+
+def named(row: Result) -> str:
+    name: str = row.get("row", row["work"])
+    return name
 
 
 # Inside a worker

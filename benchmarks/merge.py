@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import Goal, chosen, facts, finish, in_turn, judged, medians, options, process, say
+from measure import Goal, Results, chosen, facts, in_turn, judged, medians, options, process, say
 
 GOALS = (Goal("speed_ratio", at_least=2.5), Goal("memory_ratio", at_most=0.5))
 DENSITY = 0.2
@@ -263,16 +263,16 @@ def main() -> None:
         parser.error("give --peer-python or --create-peer")
     peer = args.peer_python or create_peer(args.create_peer)
     about = {**facts(("transformers", "safetensors", "tunesmith")), "peer_versions": versions(peer)}
-    found = list(rows(args, wanted, peer))
-    lines = []
-    for r in found:
+    results, lines = Results(args, about), []
+    for r in rows(args, wanted, peer):
+        results.add(r)
         a, b = r["ours"], r["peer"]
         lines.append(
             f"{r['work']:12}  ours {a['seconds']:7.2f} s {a['peak_memory'] / 2**20:7.0f} MiB   peer {b['seconds']:7.2f} s "
             f"{b['peak_memory'] / 2**20:7.0f} MiB   speed x{r['speed_ratio']:.2f}  memory x{r['memory_ratio']:.2f}  "
             f"{'met' if r['met'] else 'NOT met'}   differing entries {r['agreement']['share_differing']:.2%}"
         )
-    finish(args, found, about, "\n".join(lines))
+    results.finish("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measure import Goal, Result, chosen, facts, finish, in_turn, judged, medians, options, say, worker
+from measure import Goal, Result, Results, chosen, facts, in_turn, judged, medians, options, say, worker
 
 SIDES = Path(__file__).with_name("serve_sides.py")
 ROWS = ("decode", "own-base", "base", "single", "library", "register", "activation", "load")
@@ -113,7 +113,13 @@ class Bench:
             "own-base": (f"decode, {n} rows of {n} LoRA r=8 qkvo; against our own base", "loras", "base"),
             "base": (f"decode, {n} rows without a delta; peer transformers", "base", "transformers"),
         }
-        return [row(w, what, m[a], m[b]) for w, (what, a, b) in works.items() if w in wanted]
+        runs = self.runs["decode"]
+        return [
+            {**row(w, what, m[a], m[b]), "runs": {k: runs[k] for k in (a, b)}}
+            | ({"agreement": runs["agreement"]} if w == "decode" else {})
+            for w, (what, a, b) in works.items()
+            if w in wanted
+        ]
 
     def single(self) -> Result:
         more = {**self.sizes["single"], "folder": self.stock("slight", 1, [8], size=0.002)}
@@ -242,19 +248,22 @@ def main() -> None:
     args = parser.parse_args()
     wanted = chosen(parser, args.rows, ROWS)
     args.repeats = 1 if args.quick else args.repeats
-    about = facts(("transformers", "peft", "tunesmith"))
     with tempfile.TemporaryDirectory(prefix="tunesmith-serve-", dir=args.dir) as folder:
         bench = Bench(args, Path(folder))
-        rows = bench.decode(wanted) if set(DECODE) & set(wanted) else []
-        rows += [getattr(bench, name)() for name in wanted if name not in DECODE]
+        results = Results(args, facts(("transformers", "peft", "tunesmith")))
+        if set(DECODE) & set(wanted):
+            results.add(*bench.decode(wanted))
+        for name in wanted:
+            if name not in DECODE:
+                results.add({**getattr(bench, name)(), "runs": bench.runs[name]})
     if args.picture and "load" in bench.runs and not args.quick:
         args.picture.write_text(picture(bench.runs["load"]))
     lines = []
-    for r in rows:
+    for r in results.rows:
         verdict = {None: "no goal", True: "met", False: "NOT met"}[r["met"]]
         lines.append(f"{r['work']:76}  speed x{r['speed_ratio'] or 0:.2f}  memory x{r['memory_ratio']:.2f}  "
                      f"{', '.join(r['goal'])}  {verdict}")  # fmt: skip
-    finish(args, rows, {**about, "runs": bench.runs}, "\n".join(lines))
+    results.finish("\n".join(lines))
 
 
 if __name__ == "__main__":

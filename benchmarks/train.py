@@ -352,17 +352,16 @@ def main() -> None:
     if dtype == "auto":
         dtype = measure.worker(__file__, {"do": "dtype"}, threads=1)["dtype"]
     limit = measure.matrix_rate(dtype, args.threads)
-    rows = []
+    results = measure.Results(args, {**about, "dtype": dtype, "limit_flops": limit})
     with tempfile.TemporaryDirectory(prefix="tunesmith-train-") as place:
         session = Session(Path(place), dtype, args.threads, 1 if args.quick else args.repeats, limit)
         for name in names:
             if name in WORKS:
-                rows.append(session.compare(WORKS[name].quick() if args.quick else WORKS[name]))
+                results.add(session.compare(WORKS[name].quick() if args.quick else WORKS[name]))
             else:
                 picture = args.out.with_name(f"{args.out.stem}-{name}.png") if args.out and not args.quick else None
-                rows.append(growth(dataclasses.replace(session, repeats=1), name, args.quick, picture))
-    about = {**about, "dtype": dtype, "limit_flops": limit}
-    measure.finish(args, rows, about, table(rows, limit, dtype))
+                results.add(growth(dataclasses.replace(session, repeats=1), name, args.quick, picture))
+    results.finish(table(results.rows, limit, dtype))
     sys.exit(0)
 
 

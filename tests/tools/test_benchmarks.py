@@ -118,11 +118,28 @@ def test_a_quick_run_writes_no_result(
     train: Any, measure: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = measure.options("about", train.ROWS).parse_args(["--quick", "--out", str(tmp_path / "r.json")])
-    measure.finish(args, [], {}, "table")
+    quick = measure.Results(args, {})
+    quick.add({"work": "w"})
+    quick.finish("table")
     assert not (tmp_path / "r.json").exists() and "no result" in capsys.readouterr().out
-    args.quick = False
-    measure.finish(args, [{"work": "w"}], {"dtype": "bf16"}, "table")
-    assert json.loads((tmp_path / "r.json").read_text())["rows"] == [{"work": "w"}]
+
+
+def test_the_file_is_written_row_by_row_and_keeps_the_rows_of_earlier_runs(
+    train: Any, measure: Any, tmp_path: Path
+) -> None:
+    args = measure.options("about", train.ROWS).parse_args(["--out", str(tmp_path / "r.json")])
+
+    def written() -> list[tuple[str, int, str]]:
+        rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+        return [(r["work"], r["n"], r["measured"]["dtype"]) for r in rows]
+
+    first = measure.Results(args, {"dtype": "fp32"})
+    first.add({"work": "a", "n": 1})
+    assert written() == [("a", 1, "fp32")]
+    first.add({"work": "b", "n": 2}, {"work": "c", "row": "other", "n": 3})
+    second = measure.Results(args, {"dtype": "bf16"})
+    second.add({"work": "b", "n": 4}, {"work": "d", "n": 5})
+    assert written() == [("a", 1, "fp32"), ("b", 4, "bf16"), ("c", 3, "fp32"), ("d", 5, "bf16")]
 
 
 def test_unlike_rows_are_refused(train: Any, measure: Any) -> None:
