@@ -78,8 +78,7 @@ WORKS = {
         Work("lora-packed", "LoRA r=8 all linear, SmolLM2-135M, 4x256, every token supervised", LM, "text",
              "lora:rank=8,alpha=16", 4, 32, 5e-4, BOTH, length=256, goals=goals(2.5, 0.6)),
         Work("lora-gsm8k", "LoRA r=8 all linear, SmolLM2-135M, GSM8K answers only, real lengths, batch 16", LM, "gsm8k",
-             "lora:rank=8,alpha=16", 16, 80, 5e-4, BOTH, unit="examples", goals=goals(6.0, 0.2),
-             extra={"micro_batch": 4}),  # of a step's 16 rows, with the same result
+             "lora:rank=8,alpha=16", 16, 80, 5e-4, BOTH, unit="examples", goals=goals(6.0, 0.2)),
         Work("full", "full fine-tuning, SmolLM2-135M, 4x256", LM, "text", "full", 4, 24, 2e-5, ("trainer",), length=256,
              goals=goals(1.8)),
         Work("full-half", "the same, all that trains and its moments in bf16", LM, "text", "full", 4, 24, 2e-5,
