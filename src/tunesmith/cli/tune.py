@@ -60,7 +60,7 @@ def tune(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of one step (default 8).")] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Rows computed at a time, with the same result (by itself about 512 tokens).")
+        int | None, typer.Option(help="Rows computed at a time, with the same result (by itself about 1,024 tokens).")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate (default: the method's).")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, linear, constant or wsd.")] = None,

@@ -2,7 +2,7 @@
 """How the rows of a step are cut into parts that are computed one after another.
 
 The loss of a step is a sum over rows, so the cut changes its gradient by rounding only. A part holds in memory what its
-backward pass needs; beyond some hundred positions a matrix product gets hardly faster, so larger parts cost memory for
+backward pass needs; beyond some thousand positions a matrix product gets no faster, so larger parts cost memory for
 nothing.
 """
 
@@ -17,7 +17,7 @@ from tunesmith.train.config import TrainConfig
 from tunesmith.train.processes import world
 from tunesmith.train.tasks import Task
 
-POSITIONS = {"cpu": 512, "cuda": 16384}  # tokens of a part, padding included, where `micro_batch` does not say
+POSITIONS = {"cpu": 1024, "cuda": 16384}  # tokens of a part, padding included, where `micro_batch` does not say
 
 
 def parts_of(task: Task, indices: Sequence[int], config: TrainConfig, device: torch.device) -> list[list[int]]:
