@@ -25,13 +25,14 @@ class TrainConfig:
     """How to train. Sizes are in examples (rows after packing), lengths in tokens, `lr=None` is the method's own.
 
     One optimiser step sees `batch_size` rows, computed `micro_batch` at a time with the same result (None: so many that
-    they make about 1,024 tokens on a processor, see `parts`). `steps` counts optimiser steps and takes the place of `epochs` when
-    given. `warmup` and `decay` are shares of all steps; `decay` is used by the `wsd` schedule. `anchor` weighs the KL to the base on text the base writes itself (see `anchor`), which keeps
-    what the base knew. `gradient_dropout` drops gradients that pull away from the base (see `agreement`). `patience`
-    stops after that many evaluations without a better validation loss. `cache_features` keeps what frozen layers before
-    the delta give from epoch to epoch: "auto" where nothing but rounding changes, "on" without the dropout of these layers,
-    or an error, "off" never. `state` is the number format of what trains, of its gradients and of AdamW's moments: "bf16"
-    halves that memory and keeps 8 bits of each number, so that small steps on large numbers are lost.
+    they make about 1,024 tokens on a processor, see `parts`). `steps` counts optimiser steps and takes the place of
+    `epochs` when given. `warmup` and `decay` are shares of all steps; `decay` is used by the `wsd` schedule. `anchor`
+    weighs the KL to the base on text the base writes itself (see `anchor`), which keeps what the base knew.
+    `gradient_dropout` drops gradients that pull away from the base (see `agreement`). `patience` stops after that many
+    evaluations without a better validation loss. `cache_features` keeps what frozen layers before the delta give from epoch
+    to epoch: "auto" where nothing but rounding changes, "on" without the dropout of these layers, or an error, "off" never.
+    `state` is the number format of what trains, of its gradients and of AdamW's moments: "bf16" halves that memory and
+    keeps 8 bits of each number, so that small steps on large numbers are lost.
     """
 
     epochs: float = 3.0

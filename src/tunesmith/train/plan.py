@@ -38,6 +38,8 @@ from tunesmith.train.tasks import Task
 OVERHEAD = 490_000_000  # interpreter, torch, transformers, accelerate and tokenizer
 LOADED = 1.3  # what loading leaves behind, over the weights
 SLACK = 1.28  # memory that the allocator keeps for tensors that are gone, and scratch space of products
+MIXED = 2.2  # the same where parts are of many lengths, whose blocks fit into each other's places badly
+UNLIKE = 1.25  # the longest row of one part over that of another from which on lengths count as many
 OPTIMISER_BYTES = 32  # that AdamW reads and writes for each number it trains, in fp32
 
 
@@ -111,7 +113,8 @@ def plan(model: str | Base, data: Any, *, method: Any = None, system: str | None
         notes.append(f"memory and time are rough: the step could not be rehearsed ({type(e).__name__}: {str(e)[:120]})")
         held, seconds, flops = _by_formula(base, delta, task, parts, tokens, config, speeds)
     seconds += steps * delta.trainable_parameters * OPTIMISER_BYTES / speeds.moved_large
-    memory = _memory(base, delta, held, config)
+    widths = [max(lengths[i] for i in part) for part in parts]
+    memory = _memory(base, delta, held * (MIXED if max(widths) > UNLIKE * min(widths) else SLACK))
     return Plan(
         base.name, [methods.info_of(m).name for m in chosen], _rows(base, delta), delta.trainable_parameters,
         sum(p.numel() for p in base.model.parameters()), len(lengths), tokens, max(lengths), steps, memory,
@@ -183,18 +186,18 @@ def _linear_sites(base: Base) -> list[Site]:
     return [s for s in base.sites.all() if s.kind in ("linear", "conv1d", "conv2d") and s.role != "head"]
 
 
-def _memory(base: Base, delta: Delta, held: float, config: TrainConfig) -> dict[str, int]:
-    """Bytes in each phase: what the process is, the weights, the delta, and what a step holds beside them."""
+def _memory(base: Base, delta: Delta, held: float) -> dict[str, int]:
+    """Bytes in each phase: what the process is, the weights, the delta, and what a step holds beside them, with all slack."""
     tensors = [*base.model.parameters(), *base.model.buffers()]  # packed layers hold their weights in buffers
     weights = sum(t.numel() * t.element_size() for t in tensors)
     trained = sum(t.numel() * t.element_size() for _, t in delta.items() if t.requires_grad)
     stored = delta.nbytes
     weights = round(weights * LOADED)
-    training = weights + stored + 2 * trained + round(held * SLACK)  # 2: AdamW's moments
+    training = weights + stored + 2 * trained + round(held)  # 2: AdamW's moments
     return {
         "load": weights + OVERHEAD,
         "train": training + OVERHEAD,
-        "evaluate": weights + stored + round(held * SLACK) // 2 + OVERHEAD,
+        "evaluate": weights + stored + round(held) // 2 + OVERHEAD,
         "save": weights + 3 * stored + OVERHEAD,
         "merge": 2 * weights + stored + OVERHEAD,
     }
