@@ -15,7 +15,6 @@ from tunesmith.core.delta import Delta
 from tunesmith.core.errors import ResourceError, UsageError
 from tunesmith.derive import Factorise, Quantise, Sparsify, derive, save_derived
 from tunesmith.models.skeleton import skeleton
-from tunesmith.train.config import TrainConfig
 from tunesmith.train.plan import LOADED, OVERHEAD, _memory
 
 
@@ -62,7 +61,7 @@ def test_a_plan_counts_packed_weights_as_they_are_held(tmp_path: Path) -> None:
     planned = {}
     for place in (folder, packed):
         base = ts.load(place)
-        planned[place] = _memory(skeleton(place), Delta.create(base, ts.LoRA(rank=2)), 0.0, TrainConfig())
+        planned[place] = _memory(skeleton(place), Delta.create(base, ts.LoRA(rank=2)), 0.0)
         held = sum(t.numel() * t.element_size() for t in [*base.model.parameters(), *base.model.buffers()])
         assert planned[place]["load"] - OVERHEAD == round(held * LOADED)
     assert planned[packed]["load"] - OVERHEAD < 0.4 * (planned[folder]["load"] - OVERHEAD)

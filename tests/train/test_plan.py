@@ -42,6 +42,12 @@ def test_memory_moves_the_right_way(plain: Plan) -> None:
     assert all(p.memory["train"] > 4 * 134_515_008 for p in (plain, small, full, saved))
 
 
+def test_rows_of_unlike_lengths_need_more_room() -> None:
+    long, short = {"prompt": "why", "response": "rain " * 60}, {"prompt": "why", "response": "rain"}
+    even, mixed = (plan(MODEL, rows, method="lora:rank=8", batch_size=1) for rows in ([long] * 4, [long, short] * 2))
+    assert even.memory["train"] < mixed.memory["train"] and even.memory["load"] == mixed.memory["load"]
+
+
 def test_a_run_that_does_not_fit_is_refused_with_what_to_do(plain: Plan) -> None:
     tight = dataclasses.replace(plain, available=plain.peak - 1)
     assert not tight.fits
