@@ -10,6 +10,7 @@ import torch
 from serve_cases import tiny_llama
 from torch import Tensor, nn
 
+from tunesmith.core.base import Base
 from tunesmith.core.delta import Delta
 from tunesmith.deltas import SSF, Full, LoRA, NormTuning
 from tunesmith.train.norms import epsilon_of, fused_norms, rms_norm
@@ -72,17 +73,22 @@ def outcome(base: Any, delta: Delta, fast: bool) -> tuple[list[str], Tensor, lis
         return found, z.detach(), list(torch.autograd.grad(z.logsumexp(-1).sum(), params))
 
 
+def assert_same_path(base: Base, delta: Delta, least: float = 0.0) -> None:
+    """Norms in one pass give the modules' outputs and, for gradients no smaller than `least`, their gradients."""
+    found, z, grads = outcome(base, delta, fast=True)
+    _, want, expected = outcome(base, delta, fast=False)
+    assert len(found) >= 3 and torch.equal(z, want)
+    for g, other in zip(grads, expected, strict=True):
+        assert float((g - other).norm()) < 1e-4 * max(least, float(other.norm()))
+
+
 def test_a_language_model_has_the_same_outputs_and_gradients() -> None:
     base = tiny_llama()
     delta = Delta.create(base, LoRA(rank=2))
     with torch.no_grad():
         for _, t in delta.items():
             t.add_(0.05)
-    found, z, grads = outcome(base, delta, fast=True)
-    _, want, expected = outcome(base, delta, fast=False)
-    assert len(found) >= 3 and torch.equal(z, want)
-    for g, other in zip(grads, expected, strict=True):
-        assert float((g - other).norm()) < 1e-4 * float(other.norm())
+    assert_same_path(base, delta)
     assert not any("forward" in m.__dict__ for m in base.model.modules())
 
 
@@ -107,11 +113,7 @@ def test_norms_that_train_by_differences_take_the_same_path(method: Any) -> None
     with torch.no_grad():
         for _, t in delta.items():
             t.add_(0.02)
-    found, z, grads = outcome(base, delta, fast=True)
-    _, want, expected = outcome(base, delta, fast=False)
-    assert len(found) >= 3 and torch.equal(z, want)
-    for g, other in zip(grads, expected, strict=True):
-        assert float((g - other).norm()) < 1e-4 * max(1e-3, float(other.norm()))
+    assert_same_path(base, delta, least=1e-3)
 
 
 def test_a_norm_that_another_method_acts_on_runs_as_it_is() -> None:

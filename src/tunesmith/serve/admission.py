@@ -100,15 +100,22 @@ class Batch:
             (w.prompt - w.shared, w.new) for w in (*self.joined, one)
         ]
         deltas = self.deltas() | ({one.delta} if one.delta is not None else set())
-        room = self.limits.cells - self.held - sum(self.sizes[d] for d in deltas)
         joining = sum(w.prompt - w.shared for w in (*self.joined, one))
         alone = not self.joined  # a prompt longer than the limit is read by itself, or it would wait for ever
         return (
             len(requests) <= self.limits.requests
             and (not self.limits.resident or len(deltas) <= self.limits.resident)
             and (joining <= self.limits.joining or alone)
-            and need(requests) <= room
+            and need(requests) <= self._room(deltas)
         )
+
+    def can_end(self) -> bool:
+        """Whether the running requests can all be served to their end."""
+        return need((r.used, r.left) for r in self.running) <= self._room(self.deltas())
+
+    def _room(self, deltas: Iterable[str]) -> int:
+        """Cells for what requests have of their own, beside these deltas."""
+        return self.limits.cells - self.held - sum(self.sizes[d] for d in deltas)
 
     def could_ever(self, one: Waiting) -> bool:
         """Whether `one` would fit into an empty batch; if not, waiting does not help it."""

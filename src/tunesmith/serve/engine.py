@@ -23,7 +23,7 @@ from tunesmith.core.base import Base
 from tunesmith.core.decoding import Joint
 from tunesmith.core.errors import ResourceError, TunesmithError, UsageError
 from tunesmith.core.trace import primary
-from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit, need
+from tunesmith.serve.admission import Batch, Counters, EarlyAbort, Limits, Running, Waiting, admit
 from tunesmith.serve.cache import Span
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.dominant import Dominant, Merged
@@ -337,9 +337,7 @@ class Engine:
         for i, (r, _) in enumerate(taking):
             r.guessed = r.guess(room // (len(taking) - i))
             room -= len(r.guessed)
-        digests = {r.digest for r in self.live.values() if r.digest is not None}
-        free = self.limits.cells - self.pages.in_use - sum(self._cells[d] for d in digests)
-        if need((r.used, r.left) for r in self._running()) > free:
+        if not Batch(self.limits, self._cells, self._running(), self.pages.in_use).can_end():
             for r, _ in taking:
                 r.guessed = []
 

@@ -98,7 +98,7 @@ def choose_each(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | UsageError
     """The same, with the error of a row in the place of its token."""
     if logits.dim() != 2 or len(rows) != len(logits):
         raise UsageError(f"{len(rows)} rows cannot draw from logits of shape {tuple(logits.shape)}")
-    top, best = logits.max(-1)  # NaN is above every number
+    top, best = logits.max(-1)  # NaN is above every number, and not below infinity
     tokens, out_of_range = best.tolist(), (~(top < float("inf"))).tolist()
     errors: list[UsageError | None] = [_not_finite() if bad else None for bad in out_of_range]
     some = [i for i, r in enumerate(rows) if errors[i] is None and not _plain(r)]
@@ -156,7 +156,9 @@ def _log_probabilities(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int
 
 
 def scores(z: Tensor, row: Row) -> Tensor:
-    """The logits [V] of one row after its settings; -inf where a token is out."""
+    """The logits [V] of one row after its settings; -inf where a token is out. Raises UsageError as `choose` does."""
+    if not bool(z.max() < float("inf")):
+        raise _not_finite()
     edited, errors = _edited(z[None].float(), [row])
     if errors[0] is not None:
         raise errors[0]
@@ -166,11 +168,9 @@ def scores(z: Tensor, row: Row) -> Tensor:
 def _edited(raw: Tensor, rows: Sequence[Row]) -> tuple[Tensor, list[UsageError | None]]:
     """The logits [n, V] after penalties, bias and constraints, `raw` itself where there are none; what is wrong with rows."""
     errors: list[UsageError | None] = [None] * len(rows)
-    for i in (~(raw.amax(-1) < float("inf"))).nonzero().flatten().tolist():  # NaN is not below it either
-        errors[i] = _not_finite()
     z = raw
     for i, row in enumerate(rows):
-        if errors[i] is not None or not _edits(row):
+        if not _edits(row):
             continue
         z = raw.clone() if z is raw else z
         try:
